@@ -1,0 +1,93 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <cstddef>
+#include <initializer_list>
+#include <string_view>
+
+#include "fabric/policy/text.hpp"
+
+namespace fabric {
+
+/// One environment variable.
+struct Variable {
+  std::string_view name;
+  std::string_view value;
+};
+
+/// A view of environment variables. `capture()` in `fabric/connector/probe.hpp` makes one of the process's own; in a
+/// test or a static_assert a list in braces does: `{{"RANK", "0"}, {"WORLD_SIZE", "2"}}` (alive until the end of the
+/// full expression, like any list in braces).
+class Variables {
+ public:
+  constexpr Variables() = default;
+  constexpr Variables(std::initializer_list<Variable> list) : first_(list.begin()), count_(list.size()) {}
+  constexpr Variables(const Variable* first, std::size_t count) : first_(first), count_(count) {}
+
+  /// The variable of that name, or null. A variable that is set but empty is not null.
+  [[nodiscard]] constexpr const Variable* find(std::string_view name) const {
+    for (const Variable* v = first_; v != first_ + count_; ++v) {
+      if (v->name == name) return v;
+    }
+    return nullptr;
+  }
+  [[nodiscard]] constexpr bool has(std::string_view name) const { return find(name) != nullptr; }
+  /// The value of that name, or `otherwise`.
+  [[nodiscard]] constexpr std::string_view get(std::string_view name, std::string_view otherwise = {}) const {
+    const Variable* v = find(name);
+    return v != nullptr ? v->value : otherwise;
+  }
+
+  [[nodiscard]] constexpr const Variable* begin() const { return first_; }
+  [[nodiscard]] constexpr const Variable* end() const { return first_ + count_; }
+
+ private:
+  const Variable* first_ = nullptr;
+  std::size_t count_ = 0;
+};
+
+/// A file's text, for the few files that an environment consists of (LSF's rank file).
+struct HostFile {
+  std::string_view path;
+  std::string_view text;
+};
+
+/// What MPI says of this process where no variable does.
+struct MpiFacts {
+  bool available = false;
+  int size = 1;
+  int rank = 0;
+  int local_rank = 0;
+  /// The host name of each rank, in order.
+  const std::string_view* hosts = nullptr;
+  std::size_t host_count = 0;
+};
+
+/// What the resolver knows of the machine. The defaults are a plain machine without accelerators;
+/// `Host::probe` in `fabric/connector/probe.hpp` asks the real one.
+struct Host {
+  int cuda_devices = 0;      ///< Visible NVIDIA GPUs, counted without creating a CUDA context.
+  bool mps = false;          ///< Has an Apple GPU.
+  int tpu_devices = 0;       ///< XLA devices.
+  bool interactive = false;  ///< Runs inside a notebook or REPL, so that the program cannot be started again.
+  bool fork = true;          ///< Can fork.
+  bool srun = false;         ///< `srun` is on PATH.
+  bool xla_engine = true;            ///< torch_xla was found.
+  bool deepspeed_engine = true;      ///< The DeepSpeed engine was built.
+  bool bitsandbytes_engine = true;   ///< The quantisation engine was built.
+  bool transformer_engine = true;    ///< The FP8 engine was built.
+  std::string_view hostname = "localhost";
+  MpiFacts mpi{};
+  const HostFile* files = nullptr;
+  std::size_t file_count = 0;
+
+  /// The file of that path, or null when it cannot be read.
+  [[nodiscard]] constexpr const HostFile* file(std::string_view path) const {
+    for (const HostFile* f = files; f != files + file_count; ++f) {
+      if (f->path == path) return f;
+    }
+    return nullptr;
+  }
+};
+
+}  // namespace fabric
