@@ -21,7 +21,10 @@ struct Variable {
 class Variables {
  public:
   constexpr Variables() = default;
-  constexpr Variables(std::initializer_list<Variable> list) : first_(list.begin()), count_(list.size()) {}
+  constexpr Variables(std::initializer_list<Variable> list) : count_(list.size()) {
+    const Variable* const first = list.begin();  // by way of a local: g++ warns of a member made from begin()
+    first_ = first;
+  }
   constexpr Variables(const Variable* first, std::size_t count) : first_(first), count_(count) {}
 
   /// The variable of that name, or null. A variable that is set but empty is not null.
@@ -52,12 +55,14 @@ struct HostFile {
   std::string_view text;
 };
 
-/// What MPI says of this process where no variable does.
+/// What an MPI library says of this process, for programs that are linked with one. None is needed: the launchers'
+/// variables say the same.
 struct MpiFacts {
   bool available = false;
   int size = 1;
   int rank = 0;
   int local_rank = 0;
+  int main_port = 0;  ///< A port that rank 0 chose and told the others; 0 = none was agreed on.
   /// The host name of each rank, in order.
   const std::string_view* hosts = nullptr;
   std::size_t host_count = 0;
