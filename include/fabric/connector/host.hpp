@@ -15,6 +15,23 @@ struct Variable {
   std::string_view value;
 };
 
+/// The answer to "is there one, and which": tested like a pointer. It is no pointer because g++ 12 takes the comparison
+/// of a list in braces' address with null for no constant expression.
+template <class T>
+class Found {
+ public:
+  constexpr Found() = default;
+  constexpr explicit Found(const T& value) : there_(true), value_(value) {}
+
+  constexpr explicit operator bool() const { return there_; }
+  constexpr const T* operator->() const { return &value_; }
+  constexpr const T& operator*() const { return value_; }
+
+ private:
+  bool there_ = false;
+  T value_{};
+};
+
 /// A view of environment variables. `capture()` in `fabric/connector/probe.hpp` makes one of the process's own; in a
 /// test or a static_assert a list in braces does: `{{"RANK", "0"}, {"WORLD_SIZE", "2"}}` (alive until the end of the
 /// full expression, like any list in braces).
@@ -27,18 +44,18 @@ class Variables {
   }
   constexpr Variables(const Variable* first, std::size_t count) : first_(first), count_(count) {}
 
-  /// The variable of that name, or null. A variable that is set but empty is not null.
-  [[nodiscard]] constexpr const Variable* find(std::string_view name) const {
-    for (const Variable* v = first_; v != first_ + count_; ++v) {
-      if (v->name == name) return v;
+  /// The variable of that name. One that is set but empty is found.
+  [[nodiscard]] constexpr Found<Variable> find(std::string_view name) const {
+    for (std::size_t i = 0; i < count_; ++i) {
+      if (first_[i].name == name) return Found(first_[i]);
     }
-    return nullptr;
+    return {};
   }
-  [[nodiscard]] constexpr bool has(std::string_view name) const { return find(name) != nullptr; }
+  [[nodiscard]] constexpr bool has(std::string_view name) const { return bool(find(name)); }
   /// The value of that name, or `otherwise`.
   [[nodiscard]] constexpr std::string_view get(std::string_view name, std::string_view otherwise = {}) const {
-    const Variable* v = find(name);
-    return v != nullptr ? v->value : otherwise;
+    const Found<Variable> v = find(name);
+    return v ? v->value : otherwise;
   }
 
   [[nodiscard]] constexpr const Variable* begin() const { return first_; }
@@ -86,12 +103,12 @@ struct Host {
   const HostFile* files = nullptr;
   std::size_t file_count = 0;
 
-  /// The file of that path, or null when it cannot be read.
-  [[nodiscard]] constexpr const HostFile* file(std::string_view path) const {
-    for (const HostFile* f = files; f != files + file_count; ++f) {
-      if (f->path == path) return f;
+  /// The file of that path, unless it cannot be read.
+  [[nodiscard]] constexpr Found<HostFile> file(std::string_view path) const {
+    for (std::size_t i = 0; i < file_count; ++i) {
+      if (files[i].path == path) return Found(files[i]);
     }
-    return nullptr;
+    return {};
   }
 };
 
