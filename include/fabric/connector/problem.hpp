@@ -101,6 +101,8 @@ enum class Code : std::uint8_t {
   unexpected_kwarg,
   // Refused here, accepted by Lightning Fabric (docs/differences.md).
   xla_strategy_needs_xla,
+  data_parallel_needs_gpus,
+  strategy_needs_one_device,
   mps_has_no_64_bit_floats,
   mps_has_no_fp8,
   engine_not_built,
@@ -201,6 +203,8 @@ inline constexpr std::array<std::string_view, static_cast<std::size_t>(Code::too
     "not_implemented",
     "unexpected_kwarg",
     "xla_strategy_needs_xla",
+    "data_parallel_needs_gpus",
+    "strategy_needs_one_device",
     "mps_has_no_64_bit_floats",
     "mps_has_no_fp8",
     "engine_not_built",
@@ -214,16 +218,18 @@ inline constexpr std::array<std::string_view, static_cast<std::size_t>(Code::too
 }  // namespace detail
 
 /// The code's spelling.
-[[nodiscard]] constexpr std::string_view name_of(Code code) { return detail::code_names[static_cast<std::size_t>(code)]; }
+[[nodiscard]] constexpr std::string_view name_of(Code code) {
+  return detail::code_names[static_cast<std::size_t>(code)];
+}
 
 /// One thing that is wrong: a literal, structural value. Texts in `names` are in quotes where the user gave a text, so
 /// that 16 and '16' read differently.
 struct Problem {
   Code code = Code::none;
-  Text<24> flag;       ///< The flag or variable that the user would change: "devices", "SLURM_NTASKS".
-  Text<112> names;     ///< What the sentence names (the given value first), one a line.
-  Text<112> detail;    ///< More of the same: all variables that are missing, what is legal.
-  Name nearest;        ///< The legal value nearest to the given one, if one is near.
+  Text<24> flag;     ///< The flag or variable that the user would change: "devices", "SLURM_NTASKS".
+  Text<112> names;   ///< What the sentence names (the given value first), one a line.
+  Text<112> detail;  ///< More of the same: all variables that are missing, what is legal.
+  Name nearest;      ///< The legal value nearest to the given one, if one is near.
 
   constexpr Problem() = default;
   constexpr Problem(Code what, std::string_view whose) : code(what), flag(whose) {}
@@ -252,8 +258,8 @@ struct Expected {
   Problem problem{};
 
   constexpr Expected() = default;
-  constexpr Expected(const T& good) : value(good) {}            // NOLINT(google-explicit-constructor): reads as T
-  constexpr Expected(const Problem& bad) : problem(bad) {}      // NOLINT(google-explicit-constructor)
+  constexpr Expected(const T& good) : value(good) {}        // NOLINT(google-explicit-constructor): reads as T
+  constexpr Expected(const Problem& bad) : problem(bad) {}  // NOLINT(google-explicit-constructor)
 
   constexpr explicit operator bool() const { return problem.code == Code::none; }
   constexpr const T& operator*() const { return value; }

@@ -14,10 +14,12 @@ enum class DeviceType : std::uint8_t { cpu, cuda, mps, xla };
 
 /// What is known of an accelerator without LibTorch.
 struct AcceleratorFacts {
-  Name name;                              ///< The policy's own name, for messages: "Cuda".
-  Name flag;                              ///< The value of `--accelerator` that means it: "cuda".
-  DeviceType device = DeviceType::cpu;    ///< Where its tensors live.
-  bool built_in = true;                   ///< False for an accelerator from outside the library.
+  Name name;                            ///< The policy's own name, for messages: "Cuda".
+  Name flag;                            ///< The value of `--accelerator` that means it: "cuda".
+  DeviceType device = DeviceType::cpu;  ///< Where its tensors live.
+  bool built_in = true;                 ///< False for an accelerator from outside the library.
+  bool available = true;                ///< From outside the library: can it be used here?
+  int own_devices = 0;                  ///< From outside: how many devices `auto` means, 0 to count as `device` does.
 
   friend constexpr bool operator==(const AcceleratorFacts&, const AcceleratorFacts&) = default;
 };

@@ -1,8 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <array>
+#include <cstddef>
+#include <string_view>
+#include <utility>
+
+#include <boost/hana/at_key.hpp>
+#include <boost/hana/map.hpp>
+#include <boost/hana/pair.hpp>
+#include <boost/hana/string.hpp>
 #include <boost/hana/tuple.hpp>
 #include <boost/hana/type.hpp>
+#include <boost/hana/unpack.hpp>
 
 #include "fabric/policy/accelerator.hpp"
 #include "fabric/policy/precision.hpp"
@@ -22,5 +32,130 @@ inline constexpr auto built_in_precisions =
                          Bitsandbytes<BitsandbytesMode::nf4>, Bitsandbytes<BitsandbytesMode::nf4_dq>,
                          Bitsandbytes<BitsandbytesMode::fp4>, Bitsandbytes<BitsandbytesMode::fp4_dq>,
                          Bitsandbytes<BitsandbytesMode::int8>, Bitsandbytes<BitsandbytesMode::int8_training>>;
+
+/// A strategy under a value of `--strategy`.
+struct StrategyEntry {
+  std::string_view flag;
+  const StrategyFacts* facts;
+};
+
+/// An accelerator under a value of `--accelerator`.
+struct AcceleratorEntry {
+  std::string_view flag;
+  const AcceleratorFacts* facts;
+};
+
+/// What the flags' texts mean: the library's policies, then those of the program.
+struct Registry {
+  const StrategyEntry* strategies;
+  std::size_t strategy_count;
+  const AcceleratorEntry* accelerators;
+  std::size_t accelerator_count;
+
+  /// The strategy of that name, or null.
+  [[nodiscard]] constexpr const StrategyFacts* strategy(std::string_view flag) const {
+    for (std::size_t i = 0; i < strategy_count; ++i) {
+      if (strategies[i].flag == flag) return strategies[i].facts;
+    }
+    return nullptr;
+  }
+  /// The accelerator of that name, or null.
+  [[nodiscard]] constexpr const AcceleratorFacts* accelerator(std::string_view flag) const {
+    for (std::size_t i = 0; i < accelerator_count; ++i) {
+      if (accelerators[i].flag == flag) return accelerators[i].facts;
+    }
+    return nullptr;
+  }
+};
+
+namespace detail {
+
+inline constexpr std::array<AcceleratorEntry, 4> accelerator_entries{{{Cpu::facts.flag, &Cpu::facts},
+                                                                      {Cuda::facts.flag, &Cuda::facts},
+                                                                      {Mps::facts.flag, &Mps::facts},
+                                                                      {Xla::facts.flag, &Xla::facts}}};
+
+inline constexpr std::array<StrategyEntry, 21> strategy_entries{{
+    {"ddp", &Ddp::facts},
+    {"ddp_spawn", &DdpSpawn::facts},
+    {"ddp_fork", &DdpFork::facts},
+    {"ddp_notebook", &DdpNotebook::facts},
+    {"ddp_find_unused_parameters_true", &DdpFindUnusedParameters::facts},
+    {"dp", &DataParallel::facts},
+    {"deepspeed", &DeepSpeed<>::facts},
+    {"deepspeed_stage_1", &DeepSpeed<1>::facts},
+    {"deepspeed_stage_1_offload", &DeepSpeed<1, Offload::cpu>::facts},
+    {"deepspeed_stage_2", &DeepSpeed<2>::facts},
+    {"deepspeed_stage_2_offload", &DeepSpeed<2, Offload::cpu>::facts},
+    {"deepspeed_stage_3", &DeepSpeed<3>::facts},
+    {"deepspeed_stage_3_offload", &DeepSpeed<3, Offload::cpu>::facts},
+    {"deepspeed_stage_3_offload_nvme", &DeepSpeed<3, Offload::nvme>::facts},
+    {"fsdp", &Fsdp::facts},
+    {"fsdp_cpu_offload", &FsdpCpuOffload::facts},
+    {"single_device", &SingleDevice::facts},
+    {"single_xla", &SingleDeviceXla::facts},
+    {"xla_fsdp", &XlaFsdp::facts},
+    {"xla", &XlaDdp::facts},
+    {"single_tpu", &SingleDeviceXla::facts},
+}};
+
+/// The library's entries with the program's behind them.
+template <class... Extra>
+struct ExtendedRegistry {
+  static constexpr std::size_t strategy_extras = (std::size_t{StrategyPolicy<Extra>} + ... + 0);
+  static constexpr std::size_t accelerator_extras = (std::size_t{AcceleratorPolicy<Extra>} + ... + 0);
+
+  static constexpr auto strategies = [] {
+    std::array<StrategyEntry, strategy_entries.size() + strategy_extras> all{};
+    std::size_t n = 0;
+    for (const StrategyEntry& entry : strategy_entries) all[n++] = entry;
+    (
+        [&] {
+          if constexpr (StrategyPolicy<Extra>) all[n++] = {Extra::facts.flag, &Extra::facts};
+        }(),
+        ...);
+    return all;
+  }();
+  static constexpr auto accelerators = [] {
+    std::array<AcceleratorEntry, accelerator_entries.size() + accelerator_extras> all{};
+    std::size_t n = 0;
+    for (const AcceleratorEntry& entry : accelerator_entries) all[n++] = entry;
+    (
+        [&] {
+          if constexpr (AcceleratorPolicy<Extra>) all[n++] = {Extra::facts.flag, &Extra::facts};
+        }(),
+        ...);
+    return all;
+  }();
+};
+
+template <class Policy, std::size_t... i>
+constexpr auto flag_string(std::index_sequence<i...>) {
+  return boost::hana::string_c<Policy::facts.flag.bytes[i]...>;
+}
+
+template <class Policy>
+constexpr auto by_flag(boost::hana::basic_type<Policy> policy) {
+  return boost::hana::make_pair(flag_string<Policy>(std::make_index_sequence<Policy::facts.flag.length>{}), policy);
+}
+
+}  // namespace detail
+
+/// The library's registry.
+inline constexpr Registry built_in_registry{detail::strategy_entries.data(), detail::strategy_entries.size(),
+                                            detail::accelerator_entries.data(), detail::accelerator_entries.size()};
+
+/// The library's registry and the program's own strategies and accelerators: `resolve(flags, env, host,
+/// registry_with<Gossip>)` knows the flag that `Gossip::facts` names.
+template <class... Policies>
+inline constexpr Registry registry_with{detail::ExtendedRegistry<Policies...>::strategies.data(),
+                                        detail::ExtendedRegistry<Policies...>::strategies.size(),
+                                        detail::ExtendedRegistry<Policies...>::accelerators.data(),
+                                        detail::ExtendedRegistry<Policies...>::accelerators.size()};
+
+/// Policies by their own flag, as a Boost.Hana map from strings to types:
+/// `by_flag<Ddp, Fsdp>[BOOST_HANA_STRING("ddp")]` is `hana::type_c<Ddp>`.
+template <class... Policies>
+inline constexpr auto by_flag = boost::hana::make_map(detail::by_flag(boost::hana::type_c<Policies>)...);
 
 }  // namespace fabric

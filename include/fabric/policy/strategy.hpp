@@ -31,14 +31,15 @@ enum class Offload : std::uint8_t { none, cpu, nvme };
 
 /// What is known of a strategy without LibTorch. Fields that a family does not have keep their defaults.
 struct StrategyFacts {
-  Name name;                                                  ///< The policy's own name, for messages: "Ddp".
-  Name flag;                                                  ///< The value of `--strategy` that means it; empty if only code can ask for it.
+  Name name;  ///< The policy's own name, for messages: "Ddp".
+  Name flag;  ///< The value of `--strategy` that means it; empty if only code can ask for it.
   StrategyFamily family = StrategyFamily::custom;
   StartMethod start_method = StartMethod::none;
-  bool find_unused_parameters = false;                        ///< Ddp: look for parameters that took no part in the loss.
-  int stage = 0;                                              ///< DeepSpeed: ZeRO stage 1, 2 or 3.
-  Offload optimizer_offload = Offload::none;                  ///< DeepSpeed.
-  Offload parameter_offload = Offload::none;                  ///< DeepSpeed and Fsdp.
+  bool find_unused_parameters = false;        ///< Ddp: look for parameters that took no part in the loss.
+  int stage = 0;                              ///< DeepSpeed: ZeRO stage 1, 2 or 3; 0 shards nothing.
+  Offload optimizer_offload = Offload::none;  ///< DeepSpeed.
+  Offload parameter_offload = Offload::none;  ///< DeepSpeed and Fsdp.
+  bool built_in = true;                       ///< False for a strategy from outside the library.
 
   friend constexpr bool operator==(const StrategyFacts&, const StrategyFacts&) = default;
 };
@@ -62,7 +63,8 @@ concept StrategyPolicy = std::is_empty_v<S> && requires {
 
 /// One process, one device.
 struct SingleDevice {
-  static constexpr StrategyFacts facts{.name = "SingleDevice", .flag = "single_device", .family = StrategyFamily::single_device};
+  static constexpr StrategyFacts facts{
+      .name = "SingleDevice", .flag = "single_device", .family = StrategyFamily::single_device};
 };
 
 /// One process, one replica of the module per GPU for each forward.

@@ -1,0 +1,68 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include "fabric/connector/environment.hpp"
+#include "fabric/connector/flags.hpp"
+#include "fabric/connector/host.hpp"
+#include "fabric/connector/nearest.hpp"
+#include "fabric/connector/selection.hpp"
+#include "fabric/policy/registry.hpp"
+#include "fabric/policy/rules.hpp"
+
+namespace fabric::detail {
+
+/// What the stages of `resolve` hand on. Large values are pointed to: the flags outlive the call.
+struct State {
+  const Flags& flags;
+  const Variables& variables;
+  const Host& host;
+  const Registry& registry;
+  Resolution& out;
+
+  // After merging flags and variables. Texts are views of the flag or of the variable; an object has none.
+  std::string_view accelerator{};
+  const AcceleratorFacts* accelerator_object = nullptr;
+  std::string_view strategy{};
+  const StrategyObject* strategy_object = nullptr;
+  const DevicesFlag* devices = nullptr;
+  DevicesFlag devices_of_variable{};
+  int num_nodes = 1;
+  std::string_view precision{};  ///< A unified name such as "bf16-mixed".
+  bool precision_given = false;
+
+  // Texts are compared without regard to case; this is where the lower-case strategy lives.
+  Name lowered{};
+
+  const PrecisionObject* precision_object = nullptr;
+  const EnvironmentObject* environment_object = nullptr;
+
+  constexpr void refuse(const Problem& problem) { out.problems.add(problem); }
+  [[nodiscard]] constexpr bool good() const { return out.problems.empty(); }
+
+  [[nodiscard]] constexpr Combination combination() const {
+    return {out.accelerator, out.strategy, out.precision, out.environment};
+  }
+  /// Does this rule of the table refuse what is chosen so far?
+  [[nodiscard]] constexpr bool refused_by(RuleId id) const { return rule_of(id).refuses(combination()); }
+};
+
+/// The strategy as messages name it.
+constexpr std::string_view shown_strategy(const State& state) {
+  return state.strategy_object != nullptr ? state.strategy_object->facts.name.view() : state.strategy;
+}
+
+/// A text in quotes, as messages show it.
+constexpr Text<112> in_quotes(std::string_view text) {
+  Text<112> result("'");
+  result.append(text.substr(0, 100)).append("'");
+  return result;
+}
+
+/// An object, as messages show it.
+constexpr Text<112> in_angles(std::string_view name) {
+  Text<112> result("<");
+  result.append(name).append(">");
+  return result;
+}
+
+}  // namespace fabric::detail
