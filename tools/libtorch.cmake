@@ -4,13 +4,18 @@
 # Read by this project and by its installed package. TorchConfig.cmake is of no use here: it stops without a
 # CUDA toolkit, even for a program that runs on the CPU alone.
 #
-# In:   FABRIC_LIBTORCH    the `torch` folder of a wheel, a Python environment or an unpacked libtorch.zip
+# In:   FABRIC_LIBTORCH    the torch folder of a wheel, a Python environment or an unpacked libtorch.zip; it is then
+#                          the only place; its default is the environment variable of the same name
 #       fabric_own_libtorch, CMAKE_PREFIX_PATH: where to look next
 #       fabric_gloo_declarations: our declarations of gloo, which ProcessGroupGloo.hpp includes and the wheel lacks
 #       FABRIC_CUDA        AUTO, ON or OFF: link LibTorch's CUDA libraries too
 # Out:  FABRIC_LIBTORCH_VERSION, FABRIC_WITH_CUDA, fabric_no_cuda (why not)
 
 set(fabric_libtorch_missing "")
+set(FABRIC_LIBTORCH "" CACHE PATH "The torch folder of your own LibTorch")
+if(NOT FABRIC_LIBTORCH AND NOT "$ENV{FABRIC_LIBTORCH}" STREQUAL "")
+  set(FABRIC_LIBTORCH "$ENV{FABRIC_LIBTORCH}" CACHE PATH "" FORCE)
+endif()
 set(FABRIC_CUDA AUTO CACHE STRING "CUDA engines: AUTO (where LibTorch has CUDA), ON or OFF")
 
 set(fabric_torch_header torch/csrc/api/include/torch/torch.h)
