@@ -8,16 +8,17 @@
 #include <string_view>
 
 #include "fabric/connector/environment.hpp"
+#include "oracle/devices_row.hpp"
 #include "oracle/row_host.hpp"
 
-namespace fabric::oracle {
+namespace oracle {
 
-inline EnvironmentKind environment_kind(std::string_view name) {
-  static const std::map<std::string_view, EnvironmentKind> kinds{
-      {"TorchElasticEnvironment", EnvironmentKind::torchelastic}, {"SLURMEnvironment", EnvironmentKind::slurm},
-      {"LSFEnvironment", EnvironmentKind::lsf},                   {"MPIEnvironment", EnvironmentKind::mpi},
-      {"KubeflowEnvironment", EnvironmentKind::kubeflow},         {"XLAEnvironment", EnvironmentKind::xla},
-      {"LightningEnvironment", EnvironmentKind::local}};
+inline fabric::EnvironmentKind environment_kind(std::string_view name) {
+  static const std::map<std::string_view, fabric::EnvironmentKind> kinds{
+      {"TorchElasticEnvironment", fabric::EnvironmentKind::torchelastic}, {"SLURMEnvironment", fabric::EnvironmentKind::slurm},
+      {"LSFEnvironment", fabric::EnvironmentKind::lsf},                   {"MPIEnvironment", fabric::EnvironmentKind::mpi},
+      {"KubeflowEnvironment", fabric::EnvironmentKind::kubeflow},         {"XLAEnvironment", fabric::EnvironmentKind::xla},
+      {"LightningEnvironment", fabric::EnvironmentKind::local}};
   return kinds.at(name);
 }
 
@@ -57,7 +58,7 @@ inline bool slurm_nodelist_misread(const std::string& list) {
 
 /// Whether Slurm's environment is made at all: several tasks need to know how many run on a node.
 inline bool slurm_is_made(const Json& env) {
-  const Integer tasks = parse_integer(env.value("SLURM_NTASKS", "1"));
+  const fabric::Integer tasks = fabric::parse_integer(env.value("SLURM_NTASKS", "1"));
   return tasks.valid && (tasks.value <= 1 || env.contains("SLURM_NTASKS_PER_NODE"));
 }
 
@@ -67,11 +68,11 @@ inline std::string lsf_main_host(const Json& row) {
   const std::string path = env.value("LSB_DJOB_RANKFILE", "");
   if (!row["host"].contains("files") || !row["host"]["files"].contains(path)) return {};
   const Json& lines = row["host"]["files"][path];
-  if (lines.size() < 2 || !parse_integer(env.value("MASTER_PORT", env.value("LSB_JOBID", ""))).valid) return {};
+  if (lines.size() < 2 || !fabric::parse_integer(env.value("MASTER_PORT", env.value("LSB_JOBID", ""))).valid) return {};
   const std::string hostname = row["host"].value("hostname", "h0");
   for (std::size_t i = 1; i < lines.size(); ++i) {
     const std::string line = lines[i];
-    if (trimmed(line) == hostname) return std::string(trimmed(lines[1].get_ref<const std::string&>()));
+    if (fabric::trimmed(line) == hostname) return std::string(fabric::trimmed(lines[1].get_ref<const std::string&>()));
   }
   return {};
 }
@@ -96,12 +97,12 @@ inline std::string_view environment_difference(const Json& row) {
 
 /// A value, or the error of reading it, as the rows write it.
 template <class T>
-Json value_of(const Expected<T>& read) {
+Json value_of(const fabric::Expected<T>& read) {
   if (read) {
     if constexpr (std::is_same_v<T, int>) return *read;
     else return std::string(read->view());
   }
-  Json error{{"error", std::string(name_of(read.problem.code))}};
+  Json error{{"error", std::string(fabric::name_of(read.problem.code))}};
   if (!read.problem.names.empty()) error["names"] = names_of(read.problem.names);
   return error;
 }
@@ -109,8 +110,10 @@ Json value_of(const Expected<T>& read) {
 /// The outcome of an environment row.
 inline Json environment_answer(const Json& row) {
   const RowHost at(row);
-  const Variables variables = at.variables();
-  const EnvironmentKind kind = environment_kind(row["class"].get_ref<const std::string&>());
+  fabric::Host host = at.host();
+  host.mpi.main_port = 23456;  // the port that every simulated rank 0 finds free
+  const fabric::Variables variables = at.variables();
+  const fabric::EnvironmentKind kind = environment_kind(row["class"].get_ref<const std::string&>());
   const auto warning_names = [](unsigned bits) {
     Json names = Json::array();
     if (bits & 1U) names.push_back("master_addr_default");
@@ -120,37 +123,37 @@ inline Json environment_answer(const Json& row) {
   };
 
   Json outcome;
-  outcome["detect"] = kind == EnvironmentKind::kubeflow ? Json{{"error", "kubeflow_not_detectable"}}
-                                                        : Json(detects(kind, variables, at.host()));
-  const unsigned warnings = Environment(kind, variables, at.host()).warnings();
+  outcome["detect"] = kind == fabric::EnvironmentKind::kubeflow ? Json{{"error", "kubeflow_not_detectable"}}
+                                                        : Json(fabric::detects(kind, variables, host));
+  const unsigned warnings = fabric::Environment(kind, variables, host).warnings();
   if (warnings & 4U) outcome["detect_warnings"] = warning_names(4);
   if (warnings != 0) outcome["warnings"] = warning_names(warnings);
 
-  const Expected<Environment> constructed = construct_environment(kind, variables, at.host());
+  const fabric::Expected<fabric::Environment> constructed = fabric::construct_environment(kind, variables, host);
   if (!constructed) {
-    outcome["construct"] = value_of(Expected<int>(constructed.problem));
+    outcome["construct"] = value_of(fabric::Expected<int>(constructed.problem));
     return outcome;
   }
-  Environment environment = *constructed;
+  fabric::Environment environment = *constructed;
   outcome["construct"] = "ok";
   outcome["creates_processes_externally"] = environment.creates_processes_externally();
   outcome["main_address"] = value_of(environment.main_address());
-  const Expected<int> port = environment.main_port();
+  const fabric::Expected<int> port = environment.main_port();
   outcome["main_port"] = port && *port == 0 ? Json("random_free_port") : value_of(port);
   outcome["world_size"] = value_of(environment.world_size());
   outcome["global_rank"] = value_of(environment.global_rank());
   outcome["local_rank"] = value_of(environment.local_rank());
   outcome["node_rank"] = value_of(environment.node_rank());
-  if (kind == EnvironmentKind::slurm) {
-    const Found<Variable> name = environment.job_name();
+  if (kind == fabric::EnvironmentKind::slurm) {
+    const fabric::Found<fabric::Variable> name = environment.job_name();
     outcome["job_name"] = name ? Json(std::string(name->value)) : Json();
     outcome["job_id"] = environment.job_id() >= 0 ? Json(environment.job_id()) : Json();
     outcome["auto_requeue"] = true;
   }
   for (const auto& [key, devices, nodes] :
        {std::tuple{"1x1", 1, 1}, {"2x1", 2, 1}, {"2x2", 2, 2}, {"4x1", 4, 1}, {"4x2", 4, 2}}) {
-    const Problem problem = environment.validate_settings(devices, nodes);
-    outcome["validate"][key] = problem.code == Code::none ? Json("ok") : value_of(Expected<int>(problem));
+    const fabric::Problem problem = environment.validate_settings(devices, nodes);
+    outcome["validate"][key] = problem.code == fabric::Code::none ? Json("ok") : value_of(fabric::Expected<int>(problem));
   }
   environment.set_world_size(5);
   environment.set_global_rank(3);
@@ -167,4 +170,4 @@ inline Json environment_answer(const Json& row) {
   return outcome;
 }
 
-}  // namespace fabric::oracle
+}  // namespace oracle
