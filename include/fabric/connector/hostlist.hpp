@@ -19,7 +19,8 @@ using HostName = Text<256>;
 enum class HostListGrammar : std::uint8_t { slurm, lenient };
 
 /// A Slurm host list such as `rack[1-2]n[01-04,9],login`, expanded on the fly and without memory of its own: the text
-/// must outlive the list. Hosts come in Slurm's order, the last bracket running fastest, with repeats kept.
+/// must outlive the list. Hosts come in Slurm's order, repeats kept: the last bracket runs fastest, then the first, the
+/// second and so on.
 ///
 ///   for (const HostName& host : *HostList::parse("n[1-3]")) ...
 class HostList {
@@ -206,8 +207,8 @@ class HostList::Iterator {
   }
 
   constexpr Iterator& operator++() {
-    for (std::size_t i = bracket_count_; i-- > 0;) {
-      Bracket& b = brackets_[i];
+    for (std::size_t i = 0; i < bracket_count_; ++i) {
+      Bracket& b = brackets_[i == 0 ? bracket_count_ - 1 : i - 1];
       if (b.now < b.range.last) {
         ++b.now;
         return *this;
