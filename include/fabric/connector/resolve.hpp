@@ -21,28 +21,33 @@ namespace detail {
 /// The stages in the order in which their problems win. Problems of one group are independent of each other and are
 /// reported together; a later group needs what an earlier one settles.
 constexpr void run_stages(State& state) {
+  const auto enter = [&](Stage stage) {
+    state.stage = stage;
+    return state.good();
+  };
   check_objects(state);
-  if (!state.good()) return;
+  if (!enter(Stage::env_args)) return;
   merge_variables(state);
-  if (!state.good()) return;
+  if (!enter(Stage::config_flags)) return;
   check_flags(state);
+  enter(Stage::device_flags);
   check_counts(state);
-  if (!state.good()) return;
+  if (!enter(Stage::choose_accelerator)) return;
   choose_accelerator(state);
-  if (!state.good()) return;
+  if (!enter(Stage::init_accelerator)) return;
   init_accelerator(state);
-  if (!state.good()) return;
+  if (!enter(Stage::cluster_env)) return;
   const AnyEnvironment environment = choose_environment(state);
-  if (!state.good()) return;
+  if (!enter(Stage::fallback)) return;
   settle_strategy(state);
-  if (!state.good()) return;
+  if (!enter(Stage::init_strategy)) return;
   init_strategy(state);
-  if (!state.good()) return;
+  if (!enter(Stage::precision)) return;
   init_precision(state);
-  if (!state.good()) return;
+  if (!enter(Stage::lazy_init)) return;
   give_to_strategy(state);
-  if (!state.good()) return;
-  launch_strategy(state, environment);
+  if (state.good()) launch_strategy(state, environment);
+  if (enter(Stage::rules)) check_rules(state);
 }
 
 }  // namespace detail

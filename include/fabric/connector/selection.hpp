@@ -7,6 +7,7 @@
 
 #include "fabric/connector/devices.hpp"
 #include "fabric/connector/flags.hpp"
+#include "fabric/connector/hostlist.hpp"
 #include "fabric/connector/problem.hpp"
 
 namespace fabric {
@@ -125,6 +126,8 @@ struct Selection {
 
   Rank world_size{1}, global_rank{}, local_rank{}, node_rank{};
   Rank sampler_replicas{1};  ///< Over how many replicas data are divided; `global_rank` says which one this is.
+  HostName main_address;     ///< Where global rank 0 runs.
+  Rank main_port{};          ///< Its port; 0: a free one is to be chosen. Unknown where the address is.
   Problem settings;          ///< devices and num_nodes contradict what the environment says; none if they agree.
 
   Name accelerator_flag;  ///< The text that names the accelerator; empty for an object.
@@ -135,6 +138,35 @@ struct Selection {
 
   friend constexpr bool operator==(const Selection&, const Selection&) = default;
 };
+
+/// The stages of `resolve`, in the order in which their problems win. The names are those of the codes' documentation.
+enum class Stage : std::uint8_t {
+  user,
+  env_args,
+  config_flags,
+  device_flags,
+  choose_accelerator,
+  init_accelerator,
+  cluster_env,
+  choose_strategy,
+  fallback,
+  init_strategy,
+  precision,
+  lazy_init,
+  rules,  ///< What the rules table refuses beyond the reference.
+};
+
+namespace detail {
+inline constexpr std::array<std::string_view, 13> stage_names{
+    "user",        "env_args",        "config_flags", "device_flags",  "choose_accelerator", "init_accelerator",
+    "cluster_env", "choose_strategy", "fallback",     "init_strategy", "precision",          "lazy_init",
+    "rules"};
+}  // namespace detail
+
+/// The stage's spelling.
+[[nodiscard]] constexpr std::string_view name_of(Stage stage) {
+  return detail::stage_names[static_cast<std::size_t>(stage)];
+}
 
 /// Problems, the one that a user should solve first in front.
 struct Problems {
@@ -156,6 +188,7 @@ struct Problems {
 /// A selection, or the problems that kept it from being.
 struct Resolution : Selection {
   Problems problems;
+  Stage stage = Stage::user;  ///< Where the first problem arose.
 
   [[nodiscard]] constexpr bool ok() const { return problems.empty(); }
   /// The first problem's code; `Code::none` when all is well.

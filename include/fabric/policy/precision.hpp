@@ -30,11 +30,11 @@ enum class BitsandbytesMode : std::uint8_t { nf4, nf4_dq, fp4, fp4_dq, int8, int
 
 /// What is known of a precision without LibTorch.
 struct PrecisionFacts {
-  Name name;                                       ///< The policy's own name, for messages: "BF16Mixed".
-  Name flag;                                       ///< The value of `--precision` that means it; empty for plugins.
+  Name name;  ///< The policy's own name, for messages: "BF16Mixed".
+  Name flag;  ///< The value of `--precision` that means it; empty for plugins.
   PrecisionKind kind = PrecisionKind::custom;
-  Scalar parameters = Scalar::f32;                 ///< What the weights are stored in.
-  Scalar compute = Scalar::f32;                    ///< What matrix products are computed in.
+  Scalar parameters = Scalar::f32;                        ///< What the weights are stored in.
+  Scalar compute = Scalar::f32;                           ///< What matrix products are computed in.
   BitsandbytesMode quantisation = BitsandbytesMode::nf4;  ///< Only for `bitsandbytes`.
 
   friend constexpr bool operator==(const PrecisionFacts&, const PrecisionFacts&) = default;
@@ -58,20 +58,14 @@ struct F32 {
 
 /// 64-bit floats throughout.
 struct F64 {
-  static constexpr PrecisionFacts facts{.name = "F64",
-                                        .flag = "64-true",
-                                        .kind = PrecisionKind::f64,
-                                        .parameters = Scalar::f64,
-                                        .compute = Scalar::f64};
+  static constexpr PrecisionFacts facts{
+      .name = "F64", .flag = "64-true", .kind = PrecisionKind::f64, .parameters = Scalar::f64, .compute = Scalar::f64};
 };
 
 /// IEEE half floats throughout, weights included.
 struct F16 {
-  static constexpr PrecisionFacts facts{.name = "F16",
-                                        .flag = "16-true",
-                                        .kind = PrecisionKind::f16,
-                                        .parameters = Scalar::f16,
-                                        .compute = Scalar::f16};
+  static constexpr PrecisionFacts facts{
+      .name = "F16", .flag = "16-true", .kind = PrecisionKind::f16, .parameters = Scalar::f16, .compute = Scalar::f16};
 };
 
 /// bfloat16 throughout, weights included.
@@ -110,13 +104,16 @@ struct TransformerEngine {
 };
 
 /// Quantised weights for linear layers (Dettmers et al., "QLoRA", NeurIPS 2023; "LLM.int8()", NeurIPS 2022).
+/// The int8 modes compute in half floats, the 4-bit ones in bfloat16.
 template <BitsandbytesMode mode>
 struct Bitsandbytes {
+  static constexpr bool is_int8 = mode == BitsandbytesMode::int8 || mode == BitsandbytesMode::int8_training;
+  static constexpr Scalar dtype = is_int8 ? Scalar::f16 : Scalar::bf16;
   static constexpr PrecisionFacts facts{.name = "Bitsandbytes",
                                         .flag = "",
                                         .kind = PrecisionKind::bitsandbytes,
-                                        .parameters = Scalar::bf16,
-                                        .compute = Scalar::bf16,
+                                        .parameters = dtype,
+                                        .compute = dtype,
                                         .quantisation = mode};
 };
 

@@ -56,6 +56,8 @@ constexpr bool half_or_full(const PrecisionFacts& p) {
   return p.kind == PrecisionKind::f32 || p.kind == PrecisionKind::f16 || p.kind == PrecisionKind::bf16 || is_mixed(p);
 }
 constexpr bool is_custom(const PrecisionFacts& p) { return p.kind == PrecisionKind::custom; }
+/// A precision that no `--precision` means: the module brings it along, so that most strategies take it.
+constexpr bool is_plugin(const PrecisionFacts& p) { return is_custom(p) || p.kind == PrecisionKind::bitsandbytes; }
 
 }  // namespace detail
 
@@ -78,7 +80,8 @@ inline constexpr std::array rules{
          "DataParallel replicates over GPUs: use Ddp on Cpu"},
     Rule{RuleId::fsdp_needs_gpus, "fsdp_needs_gpus", Axis::strategy,
          [](const Combination& c) {
-           return c.strategy.family == StrategyFamily::fsdp && c.accelerator.device != DeviceType::cuda;
+           return c.strategy.family == StrategyFamily::fsdp && c.strategy.built_in &&
+                  c.accelerator.device != DeviceType::cuda;
          },
          "Fsdp shards over GPUs: use Cuda, or Ddp on Cpu"},
     Rule{RuleId::mps_has_no_64_bit_floats, "mps_has_no_64_bit_floats", Axis::precision,
@@ -111,7 +114,7 @@ inline constexpr std::array rules{
          "XLA strategies have the precisions F32, F16 and BF16"},
     Rule{RuleId::deepspeed_has_no_such_precision, "deepspeed_has_no_such_precision", Axis::precision,
          [](const Combination& c) {
-           return c.strategy.family == StrategyFamily::deepspeed && !detail::is_custom(c.precision) &&
+           return c.strategy.family == StrategyFamily::deepspeed && !detail::is_plugin(c.precision) &&
                   !detail::half_or_full(c.precision);
          },
          "DeepSpeed has the precisions F32, F16, BF16, F16Mixed and BF16Mixed"},
@@ -123,9 +126,10 @@ inline constexpr std::array rules{
          "Fsdp has the precisions F32, F16, BF16, F16Mixed and BF16Mixed"},
     Rule{RuleId::model_parallel_has_no_such_precision, "model_parallel_has_no_such_precision", Axis::precision,
          [](const Combination& c) {
-           return c.strategy.family == StrategyFamily::model_parallel && c.precision.kind == PrecisionKind::f16_mixed;
+           return c.strategy.family == StrategyFamily::model_parallel && !detail::is_plugin(c.precision) &&
+                  (!detail::half_or_full(c.precision) || c.precision.kind == PrecisionKind::f16_mixed);
          },
-         "ModelParallel has no F16Mixed: use BF16Mixed or F32"},
+         "ModelParallel has the precisions F32, F16, BF16 and BF16Mixed"},
 };
 
 /// The first rule that refuses `c`, or `RuleId::none`.
@@ -151,6 +155,7 @@ inline constexpr Combination combination_v{A::facts, S::facts, P::facts, E::fact
 /// Do these policies go together?
 template <class A, class S, class P, class E = Detected>
 concept CompatibleWith = AcceleratorPolicy<A> && StrategyPolicy<S> && PrecisionPolicy<P> && EnvironmentPolicy<E> &&
-                         first_refusal(combination_v<A, S, P, E>) == RuleId::none;
+    first_refusal(combination_v<A, S, P, E>)
+== RuleId::none;
 
 }  // namespace fabric

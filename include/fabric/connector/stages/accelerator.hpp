@@ -71,7 +71,7 @@ constexpr void init_accelerator(State& state) {
   const bool automatic = state.devices->automatic();
   if (automatic && host.interactive && out.accelerator.device == DeviceType::cuda && host.cuda_devices > 1) {
     out.parsed_devices = {.type = DeviceType::cuda, .count = 1};
-    out.notes.add(Note::interactive_one_gpu);
+    state.note(Note::interactive_one_gpu);
   } else {
     const auto parsed = out.accelerator.own_devices > 0
                             ? parse_own_devices(*state.devices, out.accelerator)

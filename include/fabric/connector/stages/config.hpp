@@ -83,7 +83,8 @@ constexpr void check_apple_gpu(State& state) {
     parallel |= name.substr(0, 9) == "deepspeed";
   }
   if (!parallel) return;
-  state.refuse(Problem(Code::mps_parallel_strategy, "strategy", shown_strategy(state)));
+  state.refuse(Problem(Code::mps_parallel_strategy, "strategy",
+                       state.strategy_object != nullptr ? shown_strategy(state).view() : state.strategy));
 }
 
 constexpr void check_precision_value(State& state) {
@@ -105,7 +106,7 @@ constexpr void check_precision_value(State& state) {
       state.out.precision = *entry.facts;
       state.precision = entry.facts->flag;
       state.out.precision_flag = entry.facts->flag;
-      if (entry.discouraged) state.out.notes.add(Note::precision_alias_discouraged);
+      if (entry.discouraged) state.note(Note::precision_alias_discouraged);
       return;
     }
     Nearest nearest(text);
@@ -157,6 +158,9 @@ constexpr void check_plugins(State& state) {
   }
 }
 
+/// The environment of the strategies that the XLA runtime launches.
+inline constexpr EnvironmentObject xla_environment{EnvironmentFacts{.name = "Xla", .kind = EnvironmentKind::xla}};
+
 /// What a strategy object brings must not be given a second time.
 constexpr void check_strategy_object(State& state) {
   const StrategyObject* object = state.strategy_object;
@@ -181,11 +185,13 @@ constexpr void check_strategy_object(State& state) {
     out.checkpoint = object->checkpoint;
     out.sources.checkpoint = Source::strategy;
   }
-  if (object->environment.given()) {
+  const bool launched_by_xla =
+      object->facts.family == StrategyFamily::xla || object->facts.family == StrategyFamily::xla_fsdp;
+  if (object->environment.given() || launched_by_xla) {
     if (state.environment_object != nullptr) {
       state.refuse(Problem(Code::cluster_env_plugin_and_strategy, "plugins"));
     }
-    state.environment_object = &object->environment;
+    state.environment_object = launched_by_xla ? &xla_environment : &object->environment;
     out.sources.environment = Source::strategy;
   }
   if (object->devices.count == 0) return;

@@ -60,8 +60,10 @@ constexpr AnyEnvironment choose_environment(State& state) {
       return {};
     }
     choice = *parsed;
-    if (choice.forced == EnvironmentKind::detected && srun_not_used(state.variables, state.host)) {
-      out.notes.add(Note::srun_not_used);
+    // Slurm is only asked where torchrun is not there.
+    if (choice.forced == EnvironmentKind::detected && srun_not_used(state.variables, state.host) &&
+        !detects(EnvironmentKind::torchelastic, state.variables, state.host)) {
+      state.note(Note::srun_not_used);
     }
   }
   const EnvironmentKind kind = detect_environment(state.variables, state.host, choice);

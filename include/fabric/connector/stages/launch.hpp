@@ -24,8 +24,11 @@ constexpr void choose_launcher(State& state) {
   switch (out.strategy.start_method) {
     case StartMethod::none: return;
     case StartMethod::popen:
-      // Ddp starts the program again even where somebody else did; its launcher sees that there is nothing to do.
-      if (out.external_launch && out.strategy.family != StrategyFamily::ddp) return;
+      // Ddp and DeepSpeed keep their launcher where somebody else started the processes; it finds nothing to do.
+      if (out.external_launch &&
+          (out.strategy.family == StrategyFamily::fsdp || out.strategy.family == StrategyFamily::model_parallel)) {
+        return;
+      }
       out.launcher = Launcher::subprocess;
       break;
     default: out.launcher = is_xla(out.strategy) ? Launcher::xla : Launcher::multiprocessing; break;
@@ -73,7 +76,14 @@ constexpr void read_ranks(State& state, AnyEnvironment& environment) {
   out.local_rank = as_rank(local);
   out.node_rank = as_rank(node);
   out.sampler_replicas = {.value = out.num_nodes * processes};
-  if (environment.custom == nullptr) out.settings = environment.known.validate_settings(processes, out.num_nodes);
+  if (out.strategy.family == StrategyFamily::deepspeed) out.sampler_replicas = out.world_size;
+  if (distributes && environment.custom == nullptr) {
+    const auto address = environment.known.main_address();
+    out.main_address = address.value;
+    out.main_port = address ? as_rank(environment.known.main_port()) : Rank{.code = address.problem.code};
+  }
+  if (distributes && environment.custom == nullptr)
+    out.settings = environment.known.validate_settings(processes, out.num_nodes);
 }
 
 /// The rules that only the types had to fear until here, and their codes.
@@ -89,7 +99,7 @@ inline constexpr LateRule late_rules[]{
     {RuleId::mps_has_no_fp8, Code::mps_has_no_fp8},
 };
 
-/// Stage lazy_init, second half, and what the rules table still refuses.
+/// Stage lazy_init, second half: ranks and launcher.
 constexpr void launch_strategy(State& state, AnyEnvironment environment) {
   Selection& out = state.out;
   if (is_xla(out.strategy) && out.strategy.family != StrategyFamily::single_device_xla) {
@@ -104,11 +114,16 @@ constexpr void launch_strategy(State& state, AnyEnvironment environment) {
   const bool works_interactively =
       out.launcher == Launcher::none || out.launcher == Launcher::xla || out.start_method == StartMethod::fork;
   if (state.host.interactive && !works_interactively) {
-    return state.refuse(Problem(Code::interactive_incompatible, "strategy", in_quotes(shown_strategy(state))));
+    return state.refuse(Problem(Code::interactive_incompatible, "strategy", shown_strategy(state)));
   }
   if (state.refused_by(RuleId::xla_accelerator_needs_xla_strategy)) {
-    return state.refuse(Problem(Code::xla_needs_xla_strategy, "strategy", out.strategy.name));
+    state.refuse(Problem(Code::xla_needs_xla_strategy, "strategy", out.strategy.name));
   }
+}
+
+/// Stage rules: what the types would refuse.
+constexpr void check_rules(State& state) {
+  const Selection& out = state.out;
   for (const LateRule& late : late_rules) {
     if (state.refused_by(late.rule)) {
       Problem problem(late.code, "strategy", shown_strategy(state));

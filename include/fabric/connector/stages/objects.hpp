@@ -91,6 +91,13 @@ constexpr Problem check_strategy_object(const StrategyObject& object, const Vari
   return {};
 }
 
+/// The scaler of half-precision gradients works on GPUs and XLA devices only.
+constexpr bool scaler_is_idle(const PrecisionObject& precision, const Host& host) {
+  const bool for_gpus = precision.engine == PrecisionEngine::fsdp ||
+                        (precision.engine == PrecisionEngine::mixed && precision.device == DeviceType::cuda);
+  return for_gpus && precision.facts.kind == PrecisionKind::f16_mixed && host.cuda_devices == 0 && !host.xla_engine;
+}
+
 /// Stage user: the objects that the program made must be possible by themselves.
 constexpr void check_objects(State& state) {
   const auto keep = [&](const Problem& problem) {
@@ -100,12 +107,28 @@ constexpr void check_objects(State& state) {
   if (flags.accelerator.is_object && flags.accelerator.facts.device == DeviceType::xla && !state.host.xla_engine) {
     keep({Code::missing_torch_xla, "accelerator"});
   }
+  const auto note_idle_scaler = [&](const PrecisionObject& object) {
+    if (scaler_is_idle(object, state.host)) state.note(Note::scaler_disabled_no_cuda);
+  };
+  const auto note_srun = [&](const EnvironmentObject& object) {
+    if (object.facts.kind == EnvironmentKind::slurm && srun_not_used(state.variables, state.host)) {
+      state.note(Note::srun_not_used);
+    }
+  };
+  if (flags.strategy.is_object) {
+    if (flags.strategy.object.has_precision) note_idle_scaler(flags.strategy.object.precision);
+    note_srun(flags.strategy.object.environment);
+  }
   if (flags.strategy.is_object) keep(check_strategy_object(flags.strategy.object, state.variables, state.host));
   for (const Plugin& plugin : flags.plugins) {
     switch (plugin.kind) {
-      case Plugin::Kind::precision: keep(check_precision_object(plugin.precision, state.host)); break;
+      case Plugin::Kind::precision:
+        keep(check_precision_object(plugin.precision, state.host));
+        note_idle_scaler(plugin.precision);
+        break;
       case Plugin::Kind::checkpoint: keep(check_checkpoint_object(plugin.checkpoint, state.host)); break;
       case Plugin::Kind::environment:
+        note_srun(plugin.environment);
         keep(check_environment_object(plugin.environment, state.variables, state.host));
         break;
     }

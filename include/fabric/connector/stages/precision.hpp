@@ -50,13 +50,16 @@ constexpr void init_precision(State& state) {
   if (out.precision_engine == PrecisionEngine::transformer_engine && !state.host.transformer_engine) {
     return state.refuse(Problem(Code::missing_transformer_engine, "precision"));
   }
-  if (out.precision_engine != PrecisionEngine::mixed) return;
-  if (state.refused_by(RuleId::f16_autocast_needs_gpu)) {
+  const bool autocast = out.precision_engine == PrecisionEngine::mixed;
+  if (autocast && state.refused_by(RuleId::f16_autocast_needs_gpu)) {
     out.precision = BF16Mixed::facts;
     out.sources.precision = Source::fallback;
-    out.notes.add(Note::fp16_amp_cpu_to_bf16);
+    state.note(Note::fp16_amp_cpu_to_bf16);
   }
-  out.notes.add(out.precision.kind == PrecisionKind::f16_mixed ? Note::amp_fp16 : Note::amp_bf16);
+  PrecisionObject settled{out.precision, out.precision_engine};
+  settled.device = out.precision_device;
+  if (scaler_is_idle(settled, state.host)) state.note(Note::scaler_disabled_no_cuda);
+  if (autocast) state.note(out.precision.kind == PrecisionKind::f16_mixed ? Note::amp_fp16 : Note::amp_bf16);
 }
 
 }  // namespace fabric::detail

@@ -36,7 +36,16 @@ struct State {
   const PrecisionObject* precision_object = nullptr;
   const EnvironmentObject* environment_object = nullptr;
 
-  constexpr void refuse(const Problem& problem) { out.problems.add(problem); }
+  Stage stage = Stage::user;
+
+  constexpr void refuse(const Problem& problem) {
+    if (out.problems.empty()) out.stage = stage;
+    out.problems.add(problem);
+  }
+  /// Notes of a run that is already refused would only distract.
+  constexpr void note(Note what) {
+    if (good()) out.notes.add(what);
+  }
   [[nodiscard]] constexpr bool good() const { return out.problems.empty(); }
 
   [[nodiscard]] constexpr Combination combination() const {
@@ -45,11 +54,6 @@ struct State {
   /// Does this rule of the table refuse what is chosen so far?
   [[nodiscard]] constexpr bool refused_by(RuleId id) const { return rule_of(id).refuses(combination()); }
 };
-
-/// The strategy as messages name it.
-constexpr std::string_view shown_strategy(const State& state) {
-  return state.strategy_object != nullptr ? state.strategy_object->facts.name.view() : state.strategy;
-}
 
 /// A text in quotes, as messages show it.
 constexpr Text<112> in_quotes(std::string_view text) {
@@ -63,6 +67,11 @@ constexpr Text<112> in_angles(std::string_view name) {
   Text<112> result("<");
   result.append(name).append(">");
   return result;
+}
+
+/// The strategy as messages name it.
+constexpr Text<112> shown_strategy(const State& state) {
+  return state.strategy_object != nullptr ? in_angles(state.strategy_object->facts.name) : in_quotes(state.strategy);
 }
 
 }  // namespace fabric::detail

@@ -48,7 +48,7 @@ constexpr void settle_strategy(State& state) {
     state.strategy = Ddp::facts.flag;
     out.strategy = Ddp::facts;
     out.sources.strategy = Source::fallback;
-    out.notes.add(Note::dp_on_cpu_to_ddp);
+    state.note(Note::dp_on_cpu_to_ddp);
   }
   if ((state.strategy == "ddp_fork" || state.strategy == "ddp_notebook") && !state.host.fork) {
     state.refuse(Problem(Code::fork_unsupported, "strategy", state.strategy));
@@ -76,7 +76,7 @@ constexpr void init_strategy(State& state) {
         problem.name(state.strategy);
         return state.refuse(problem);
       }
-      if (state.strategy == "single_tpu") out.notes.add(Note::single_tpu_deprecated);
+      if (state.strategy == "single_tpu") state.note(Note::single_tpu_deprecated);
     }
     if (single)
       out.single_device = {out.accelerator.device, out.accelerator.device == DeviceType::cpu ? 0 : out.devices[0]};
