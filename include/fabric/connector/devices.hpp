@@ -8,6 +8,7 @@
 #include <initializer_list>
 #include <string_view>
 
+#include "fabric/connector/cuda_visible_devices.hpp"
 #include "fabric/connector/host.hpp"
 #include "fabric/connector/integer.hpp"
 #include "fabric/connector/problem.hpp"
@@ -330,9 +331,12 @@ constexpr Expected<DeviceList> parse_tpus(const DevicesFlag& flag, const Host& h
 }  // namespace detail
 
 /// The devices that a `--devices` value means on an accelerator of that kind. Problems carry the codes of the device
-/// stage, name the value, say what is legal and what was probably meant.
+/// stage, name the value, say what is legal and what was probably meant. More than one MIG device is refused.
 [[nodiscard]] constexpr Expected<DeviceList> parse_devices(const DevicesFlag& flag, DeviceType type, const Host& host,
                                                            const Variables& variables) {
+  if (type == DeviceType::cuda) {
+    if (const Problem problem = several_mig_devices(variables); problem.code != Code::none) return problem;
+  }
   if (flag.automatic()) return DeviceList{.type = type, .count = auto_device_count(type, host)};
   switch (type) {
     case DeviceType::cuda:

@@ -71,7 +71,7 @@ class HostList {
     std::uint64_t last = 0;
     std::size_t width = 0;  ///< Digits at least: those of the range's first number.
     std::size_t end = 0;    ///< Where the range's text ends: at ',' or ']'.
-    const char* fault = nullptr;
+    const char* fault = nullptr;  ///< Why it is none; then `end` is where.
   };
 
   static constexpr bool separates(char c) { return c == ',' || c == ' ' || c == '\t' || c == '\n'; }
@@ -122,8 +122,8 @@ class HostList {
       skip_spaces(at);
     }
     range.end = at;
-    if (range.last < range.first) range.fault = "the range runs backwards";
-    if (range.last - range.first >= max_range) range.fault = "the range has more than 65536 hosts";
+    if (range.last < range.first) return {.end = start, .fault = "the range runs backwards"};
+    if (range.last - range.first >= max_range) return {.end = start, .fault = "the range has more than 65536 hosts"};
     return range;
   }
 
