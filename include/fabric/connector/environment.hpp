@@ -10,6 +10,7 @@
 #include "fabric/connector/environment/slurm.hpp"
 #include "fabric/connector/environment/torchelastic.hpp"
 #include "fabric/connector/host.hpp"
+#include "fabric/connector/nearest.hpp"
 #include "fabric/connector/problem.hpp"
 #include "fabric/policy/environment.hpp"
 
@@ -87,19 +88,23 @@ constexpr auto with_reader(EnvironmentKind kind, Fn&& fn) {
     if (!name.empty() && name != "auto") {
       const bool off = name[0] == '-';
       if (off) name = trimmed(name.substr(1));
-      const detail::EnvironmentName* found = nullptr;
+      Found<EnvironmentKind> found;
       for (const detail::EnvironmentName& known : detail::environment_names) {
-        if (detail::same_ignoring_case(known.flag, name)) found = &known;
+        if (detail::same_ignoring_case(known.flag, name)) found = Found(known.kind);
       }
-      if (found == nullptr) {
-        return refuse("legal: auto, torchelastic, slurm, lsf, mpi, kubeflow, local, xla; '-slurm' turns one off");
+      if (!found) {
+        Problem problem = refuse("legal: auto, torchelastic, slurm, lsf, mpi, kubeflow, local, xla; '-slurm' turns one off");
+        detail::Nearest nearest(name);
+        for (const detail::EnvironmentName& known : detail::environment_names) nearest.consider(known.flag);
+        problem.nearest.append(off && !nearest.best.empty() ? "-" : "").append(nearest.best);
+        return problem;
       }
       if (off) {
-        if (found->kind == EnvironmentKind::local) return refuse("local is what is left when nothing else is: it cannot be off");
-        choice.off = static_cast<std::uint16_t>(choice.off | 1U << static_cast<unsigned>(found->kind));
+        if (*found == EnvironmentKind::local) return refuse("local is what is left when nothing else is: it cannot be off");
+        choice.off = static_cast<std::uint16_t>(choice.off | 1U << static_cast<unsigned>(*found));
       } else {
-        if (choice.forced != EnvironmentKind::detected && choice.forced != found->kind) return refuse("only one can be forced");
-        choice.forced = found->kind;
+        if (choice.forced != EnvironmentKind::detected && choice.forced != *found) return refuse("only one can be forced");
+        choice.forced = *found;
       }
     }
     if (comma == std::string_view::npos) break;

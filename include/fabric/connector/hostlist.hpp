@@ -38,7 +38,7 @@ class HostList {
     list.text_ = text;
     for (Item item{.end = 0}; list.next_item(item);) {
       const Fault fault = list.check(item, grammar);
-      if (fault.what != nullptr) return refused(text, fault);
+      if (!fault.what.empty()) return refused(text, fault);
     }
     return list;
   }
@@ -63,7 +63,7 @@ class HostList {
     std::size_t end = 0;
   };
   struct Fault {
-    const char* what = nullptr;
+    std::string_view what;
     std::size_t at = 0;
   };
   struct Range {
@@ -71,7 +71,7 @@ class HostList {
     std::uint64_t last = 0;
     std::size_t width = 0;  ///< Digits at least: those of the range's first number.
     std::size_t end = 0;    ///< Where the range's text ends: at ',' or ']'.
-    const char* fault = nullptr;  ///< Why it is none; then `end` is where.
+    std::string_view fault;  ///< Why it is none; then `end` is where.
   };
 
   static constexpr bool separates(char c) { return c == ',' || c == ' ' || c == '\t' || c == '\n'; }
@@ -150,7 +150,7 @@ class HostList {
         ++at;
         const std::size_t start = at;
         const Range range = read_range(at);
-        if (range.fault != nullptr) return {range.fault, range.end == item.end ? open : range.end};
+        if (!range.fault.empty()) return {range.fault, range.end == item.end ? open : range.end};
         at = range.end;
         if (grammar == HostListGrammar::slurm) {
           for (std::size_t i = start; i < at; ++i) {

@@ -33,11 +33,11 @@ inline constexpr MpiFamily mpi_families[]{
 /// mpirun or mpiexec: what an MPI library said, or else the launcher's variables.
 struct MpiReader {
   /// The family whose rank or size is set.
-  static constexpr const MpiFamily* family(const Variables& v) {
+  static constexpr Found<MpiFamily> family(const Variables& v) {
     for (const MpiFamily& f : mpi_families) {
-      if (v.has(f.rank) || v.has(f.size[0])) return &f;
+      if (v.has(f.rank) || v.has(f.size[0])) return Found(f);
     }
-    return nullptr;
+    return {};
   }
   /// The first of `names` that is set, or else the first.
   static constexpr std::string_view known_as(const Variables& v, const std::array<std::string_view, 3>& names) {
@@ -49,14 +49,14 @@ struct MpiReader {
 
   static constexpr bool detected(const Variables& v, const Host& host) {
     if (host.mpi.available) return host.mpi.size > 1;
-    const MpiFamily* f = family(v);
-    if (f == nullptr) return false;
+    const Found<MpiFamily> f = family(v);
+    if (!f) return false;
     const Integer size = parse_integer(v.get(known_as(v, f->size)));
     return !size.valid || size.value > 1;  // half-set variables are a launcher's too: they are reported later
   }
 
   static constexpr Problem construct(const Variables& v, const Host& host) {
-    if (host.mpi.available || family(v) != nullptr) return {};
+    if (host.mpi.available || family(v)) return {};
     Problem problem(Code::missing_mpi4py, "environment");
     problem.detail.append("no variable of an MPI launcher is set, such as OMPI_COMM_WORLD_RANK, PMI_RANK or PMIX_RANK");
     return problem;
@@ -74,7 +74,7 @@ struct MpiReader {
       const std::string_view first = LsfHosts::from_mcpu_hosts(v.get("LSB_MCPU_HOSTS")).main_host();
       if (!first.empty()) return HostName(first);
     }
-    if (const MpiFamily* f = family(v)) {
+    if (const Found<MpiFamily> f = family(v)) {
       const Integer size = parse_integer(v.get(known_as(v, f->size)));
       const Integer local = parse_integer(v.get(known_as(v, f->local_size)));
       if (!size.valid || !local.valid || size.value == local.value) return HostName("127.0.0.1");
@@ -89,14 +89,14 @@ struct MpiReader {
   }
   static constexpr Expected<int> world_size(const Variables& v, const Host& host) {
     if (host.mpi.available) return host.mpi.size;
-    return read(v, &MpiFamily::size);
+    return read(v, Number::size);
   }
   static constexpr Expected<int> global_rank(const Variables& v, const Host& host) {
     if (host.mpi.available) return host.mpi.rank;
-    return read(v, nullptr);
+    return read(v, Number::rank);
   }
   static constexpr Expected<int> local_rank(const Variables& v, const Host& host) {
-    if (!host.mpi.available) return read(v, &MpiFamily::local_rank);
+    if (!host.mpi.available) return read(v, Number::local_rank);
     if (const Expected<int> node = node_rank(v, host); !node) return node.problem;
     return host.mpi.local_rank;
   }
@@ -121,8 +121,8 @@ struct MpiReader {
 
   static constexpr Problem validate(const Variables&, const Host&, int, int) { return {}; }
   static constexpr Problem contradiction(const Variables& v, const Host& host) {
-    const MpiFamily* f = family(v);
-    if (host.mpi.available || f == nullptr) return {};
+    const Found<MpiFamily> f = family(v);
+    if (host.mpi.available || !f) return {};
     if (!below(v, f->rank, known_as(v, f->size))) {
       return detail::contradiction(v, {f->rank, known_as(v, f->size)}, "a rank is below the world size");
     }
@@ -134,12 +134,14 @@ struct MpiReader {
   }
 
  private:
-  /// One of the family's numbers; its rank for null.
-  static constexpr Expected<int> read(const Variables& v, std::array<std::string_view, 3> MpiFamily::*which) {
-    const MpiFamily* f = family(v);
-    if (f == nullptr) return Problem(Code::env_var_missing, "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_RANK");
-    const Required<3> required{known_as(v, f->size), f->rank, known_as(v, f->local_rank)};
-    return read_int(v, which != nullptr ? known_as(v, f->*which) : f->rank, required);
+  enum class Number { rank, size, local_rank };
+  static constexpr Expected<int> read(const Variables& v, Number which) {
+    const Found<MpiFamily> f = family(v);
+    if (!f) return Problem(Code::env_var_missing, "OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_RANK");
+    const std::string_view size = known_as(v, f->size);
+    const std::string_view local_rank = known_as(v, f->local_rank);
+    const Required<3> required{size, f->rank, local_rank};
+    return read_int(v, which == Number::size ? size : which == Number::rank ? f->rank : local_rank, required);
   }
 
   static constexpr Expected<int> node_rank_of_variables(const Variables& v, const Host& host) {
@@ -149,7 +151,7 @@ struct MpiReader {
     if (!rank) return rank.problem;
     if (!size) return size.problem;
     if (!local) return local.problem;
-    const MpiFamily* f = family(v);
+    const Found<MpiFamily> f = family(v);
     const Integer per_node = parse_integer(v.get(known_as(v, f->local_size)));
     if (!per_node.valid || per_node.value <= 0) return 0;
     const int n = to_int(per_node.value);

@@ -14,16 +14,16 @@ struct KubeflowReader {
   static constexpr Expected<HostName> main_address(const Variables& v, const Host&) {
     if (const Found<Variable> user = v.find("MASTER_ADDR")) return HostName(user->value);
     Problem problem(Code::env_var_missing, "MASTER_ADDR", "MASTER_ADDR");
-    list_faults(problem, v, required + 1, 3);
+    list_faults(problem, v, required, 4);
     return problem;
   }
   static constexpr Expected<int> main_port(const Variables& v, const Host&) {
-    return read_int(v, "MASTER_PORT", numbers);
+    return read_int(v, "MASTER_PORT", required);
   }
   static constexpr Expected<int> world_size(const Variables& v, const Host&) {
-    return read_int(v, "WORLD_SIZE", numbers);
+    return read_int(v, "WORLD_SIZE", required);
   }
-  static constexpr Expected<int> global_rank(const Variables& v, const Host&) { return read_int(v, "RANK", numbers); }
+  static constexpr Expected<int> global_rank(const Variables& v, const Host&) { return read_int(v, "RANK", required); }
   static constexpr Expected<int> local_rank(const Variables&, const Host&) { return 0; }
   static constexpr Expected<int> node_rank(const Variables& v, const Host& host) { return global_rank(v, host); }
   static constexpr Problem validate(const Variables&, const Host&, int, int) { return {}; }
@@ -31,9 +31,6 @@ struct KubeflowReader {
     if (below(v, "RANK", "WORLD_SIZE")) return {};
     return detail::contradiction(v, {"RANK", "WORLD_SIZE"}, "a rank is below the world size");
   }
-
- private:
-  static constexpr Required<3> numbers{"MASTER_PORT", "WORLD_SIZE", "RANK"};
 };
 
 /// Started by hand, or by this library's own launcher, which sets LOCAL_RANK for the processes that it starts. The

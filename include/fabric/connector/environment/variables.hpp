@@ -16,7 +16,8 @@ namespace fabric::detail {
 template <std::size_t N>
 using Required = std::string_view[N];
 
-/// Adds "missing: A, B" and "not integers: C='x'" over all of `names`, so that one problem says everything.
+/// Adds "missing: A, B; not integers: C" over all of `names`, so that one problem says everything. MASTER_ADDR alone is
+/// a text.
 constexpr void list_faults(Problem& problem, const Variables& variables, const std::string_view* names, std::size_t count) {
   bool any = false;
   for (std::size_t i = 0; i < count; ++i) {
@@ -27,7 +28,7 @@ constexpr void list_faults(Problem& problem, const Variables& variables, const s
   bool first = true;
   for (std::size_t i = 0; i < count; ++i) {
     const Found<Variable> v = variables.find(names[i]);
-    if (!v || parse_integer(v->value).valid) continue;
+    if (!v || names[i] == "MASTER_ADDR" || parse_integer(v->value).valid) continue;
     problem.detail.append(!first ? ", " : any ? "; not integers: " : "not integers: ").append(names[i]);
     first = false;
   }
