@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "fabric/config.hpp"
+#include "oracle/devices_row.hpp"
 #include "oracle/row_host.hpp"
 
 namespace oracle {
@@ -266,21 +267,11 @@ inline fabric::Plugin plugin(const Json& value) {
   }
 }
 
-inline fabric::DevicesFlag devices_flag(const Json& value) {
-  if (value.is_boolean()) return value.get<bool>();
-  if (value.is_null()) return nullptr;
-  if (value.is_number_integer()) return value.get<int>();
-  if (value.is_string()) return std::string_view(value.get_ref<const std::string&>());
-  if (value.is_number_float()) throw Inexpressible{"devices_as_a_float"};
-  const bool tuple = value.is_object() && value.contains("tuple");
-  if (!value.is_array() && !tuple) throw Inexpressible{"unrelated_object"};
-  if (tuple && value["tuple"].empty()) throw Inexpressible{"devices_as_an_empty_tuple"};
-  std::vector<int> indices;
-  for (const Json& item : tuple ? value["tuple"] : value) {
-    if (!item.is_number_integer()) throw Inexpressible{"device_list_of_other_things_than_integers"};
-    indices.push_back(item.get<int>());
-  }
-  return fabric::DevicesFlag::list(indices.data(), indices.size());
+inline fabric::DevicesFlag devices_of_connector_row(const Json& value) {
+  const auto flag = devices_flag(value);
+  if (!flag) throw Inexpressible{"devices_of_python_type"};
+  if (empty_tuple(value)) throw Inexpressible{"empty_tuple"};
+  return *flag;
 }
 
 inline fabric::NumNodesFlag num_nodes_flag(const Json& value) {
@@ -313,7 +304,7 @@ inline fabric::Flags flags_from(const Json& args) {
         flags.strategy = strategy_object(value);
       }
     } else if (key == "devices") {
-      flags.devices = devices_flag(value);
+      flags.devices = devices_of_connector_row(value);
     } else if (key == "num_nodes") {
       flags.num_nodes = num_nodes_flag(value);
     } else if (key == "precision") {

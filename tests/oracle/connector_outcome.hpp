@@ -4,6 +4,7 @@
 #include <string>
 
 #include "fabric/config.hpp"
+#include "oracle/devices_row.hpp"
 #include "oracle/row_host.hpp"
 
 // Writes a Resolution as an outcome in the oracle's schema, whose class names are Lightning Fabric's.
@@ -73,10 +74,9 @@ inline Json names_of(const fabric::Problem& problem) {
 }
 
 /// The Python exception that the reference raises for a code.
-inline std::string error_type(const fabric::Problem& problem, bool value_is_text) {
+inline std::string error_type(fabric::Code code) {
   using fabric::Code;
-  switch (problem.code) {
-    case Code::num_nodes_not_int: return value_is_text ? "ValueError" : "TypeError";
+  switch (code) {
     case Code::invalid_plugin_type:
     case Code::cpu_devices_not_positive_int:
     case Code::device_ids_type:
@@ -339,12 +339,12 @@ inline Json outcome_of(const fabric::Resolution& r, const fabric::Flags& flags, 
   out["ok"] = r.ok();
   if (!r.ok()) {
     const fabric::Problem& problem = r.problems.front();
-    out["error_type"] = error_type(problem, true);
+    out["error_type"] = error_type(problem.code);
     out["code"] = std::string(name_of(problem.code));
     if (Json names = names_of(problem); !names.empty()) out["names"] = names;
     if (devices.is_object() && problem.code == fabric::Code::tpu_devices_invalid) {  // the reference shows a tuple
-      std::string list = out["names"][1].get<std::string>();
-      out["names"][1] = "(" + list.substr(1, list.size() - 2) + (list.find(',') == std::string::npos ? ",)" : ")");
+      const std::string list = out["names"][1];
+      out["names"][1] = as_tuple(list);
     }
     out["stage"] = std::string(name_of(r.stage));
     write_notes(out, r, variables);

@@ -4,12 +4,11 @@
 #include <iostream>
 #include <string>
 
-#include "oracle/connector_row.hpp"
+#include "oracle/answer.hpp"
 
 int main() {
   std::ios::sync_with_stdio(false);
   for (std::string line; std::getline(std::cin, line);) {
-    if (line.empty()) continue;
-    std::cout << oracle::answer_connector_row(oracle::Json::parse(line)).dump() << '\n';
+    if (!line.empty()) std::cout << oracle::answer(oracle::Json::parse(line)).dump() << '\n';
   }
 }
