@@ -4,40 +4,13 @@
 #include <string>
 
 #include "fabric/config.hpp"
+#include "oracle/class_names.hpp"
 #include "oracle/devices_row.hpp"
 #include "oracle/row_host.hpp"
 
 // Writes a Resolution as an outcome in the oracle's schema, whose class names are Lightning Fabric's.
 
 namespace oracle {
-
-/// A class of the reference for each policy of the library; other names stand for themselves.
-inline std::string class_of(std::string_view policy) {
-  constexpr std::pair<std::string_view, std::string_view> classes[]{
-      {"Cpu", "CPUAccelerator"},
-      {"Cuda", "CUDAAccelerator"},
-      {"Mps", "MPSAccelerator"},
-      {"SingleDeviceXla", "SingleDeviceXLAStrategy"},
-      {"SingleDevice", "SingleDeviceStrategy"},
-      {"DataParallel", "DataParallelStrategy"},
-      {"DeepSpeed", "DeepSpeedStrategy"},
-      {"ModelParallel", "ModelParallelStrategy"},
-      {"XlaDdp", "XLAStrategy"},
-      {"XlaFsdp", "XLAFSDPStrategy"},
-      {"Xla", "XLAAccelerator"},
-      {"DdpFindUnusedParameters", "DDPStrategy"},
-      {"DdpSpawn", "DDPStrategy"},
-      {"DdpFork", "DDPStrategy"},
-      {"DdpNotebook", "DDPStrategy"},
-      {"Ddp", "DDPStrategy"},
-      {"FsdpCpuOffload", "FSDPStrategy"},
-      {"Fsdp", "FSDPStrategy"},
-  };
-  for (const auto& [name, theirs] : classes) {
-    if (policy == name) return std::string(theirs);
-  }
-  return std::string(policy);
-}
 
 /// Does the reference's message name nothing that the row could record?
 inline bool nameless(fabric::Code code) {
@@ -65,9 +38,9 @@ inline Json names_of(const fabric::Problem& problem) {
     const auto end = text.find('\n', from);
     std::string name = text.substr(from, end - from);
     if (name.size() > 2 && name.front() == '<' && name.back() == '>') {
-      name = "<" + class_of(name.substr(1, name.size() - 2)) + ">";
+      name = "<" + std::string(class_of(std::string_view(name).substr(1, name.size() - 2))) + ">";
     }
-    names.push_back(class_of(name));
+    names.push_back(std::string(class_of(name)));
     if (end == std::string::npos) return names;
     from = end + 1;
   }
@@ -195,20 +168,8 @@ inline const char* scalar_name(fabric::Scalar scalar) {
 
 inline void write_precision(Json& out, const fabric::Selection& s, const fabric::Host& host) {
   using fabric::PrecisionEngine;
-  constexpr const char* engines[]{"Precision",
-                                  "DoublePrecision",
-                                  "HalfPrecision",
-                                  "MixedPrecision",
-                                  "TransformerEnginePrecision",
-                                  "BitsandbytesPrecision",
-                                  "DeepSpeedPrecision",
-                                  "FSDPPrecision",
-                                  "XLAPrecision"};
-  const bool ours = s.precision.name.view().ends_with("Subclass");
-  out["precision"] = ours ? std::string(s.precision.name.view()) : engines[static_cast<int>(s.precision_engine)];
-  std::string value(s.precision.flag.view());
-  if (s.precision_engine == PrecisionEngine::transformer_engine) value = "transformer-engine";
-  if (s.precision_engine == PrecisionEngine::bitsandbytes) value = "32-true";
+  out["precision"] = std::string(precision_class(s));
+  const std::string value(precision_value(s));
   out["precision_value"] = value;
   const bool half = s.precision.kind == fabric::PrecisionKind::f16_mixed;
   if (s.precision_engine == PrecisionEngine::mixed) {
@@ -352,26 +313,14 @@ inline Json outcome_of(const fabric::Resolution& r, const fabric::Flags& flags, 
     return out;
   }
   const auto text_or_null = [](std::string_view text) { return text.empty() ? Json() : Json(std::string(text)); };
-  out["accelerator"] = class_of(r.accelerator.name);
-  out["strategy"] = class_of(r.strategy.name);
+  out["accelerator"] = std::string(class_of(r.accelerator.name));
+  out["strategy"] = std::string(class_of(r.strategy.name));
   out["strategy_flag"] = text_or_null(r.strategy_flag);
   out["accelerator_flag"] = text_or_null(r.accelerator_flag);
-  constexpr const char* launchers[]{"", "_SubprocessScriptLauncher", "_MultiProcessingLauncher", "_XLALauncher"};
-  constexpr const char* methods[]{"", "popen", "spawn", "fork", "forkserver"};
-  out["launcher"] = text_or_null(launchers[static_cast<int>(r.launcher)]);
-  if (r.launcher != fabric::Launcher::none) out["start_method"] = methods[static_cast<int>(r.start_method)];
+  out["launcher"] = text_or_null(launcher_class(r));
+  if (r.launcher != fabric::Launcher::none) out["start_method"] = std::string(start_method_name(r));
   write_precision(out, r, host);
-  constexpr const char* environments[]{"",
-                                       "TorchElasticEnvironment",
-                                       "SLURMEnvironment",
-                                       "LSFEnvironment",
-                                       "MPIEnvironment",
-                                       "KubeflowEnvironment",
-                                       "LightningEnvironment",
-                                       "XLAEnvironment"};
-  out["environment"] = r.environment.kind == fabric::EnvironmentKind::custom
-                           ? std::string(r.environment.name.view())
-                           : environments[static_cast<int>(r.environment.kind)];
+  out["environment"] = std::string(environment_class(r));
   if (r.external_launch) out["external_launch"] = true;
   out["devices"] = devices_json(r.devices);
   out["devices_flag"] = devices_flag_json(r, devices == true);

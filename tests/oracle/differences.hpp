@@ -23,9 +23,9 @@ inline std::string difference_of(const fabric::Flags& flags, const fabric::Varia
   detail::check_flags(state);
   if (!state.good()) return {};
 
-  const AcceleratorFacts* accelerator = state.accelerator_object;
-  const StrategyObject* strategy = state.strategy_object;
-  if (strategy != nullptr && accelerator != nullptr && strategy->devices.count > 0 &&
+  const detail::Maybe<AcceleratorFacts> accelerator = state.accelerator_object;
+  const detail::Maybe<StrategyObject> strategy = state.strategy_object;
+  if (strategy && accelerator && strategy->devices.count > 0 &&
       strategy->devices.type == accelerator->device &&
       (accelerator->device == DeviceType::cpu || accelerator->device == DeviceType::cuda)) {
     return "strategy_devices_of_the_accelerator_objects_kind";
@@ -38,12 +38,12 @@ inline std::string difference_of(const fabric::Flags& flags, const fabric::Varia
   const detail::AnyEnvironment environment = detail::choose_environment(state);
   if (!state.good()) return {};
   const DeviceType device = out.accelerator.device;
-  if (state.strategy == "dp" && accelerator != nullptr && device == DeviceType::cpu) {
+  if (state.strategy == "dp" && accelerator && device == DeviceType::cpu) {
     return "dp_with_a_cpu_accelerator_object";
   }
   detail::settle_strategy(state);
   if (!state.good()) return {};
-  if (out.strategy.family == StrategyFamily::fsdp && out.strategy.built_in && accelerator != nullptr) {
+  if (out.strategy.family == StrategyFamily::fsdp && out.strategy.built_in && accelerator) {
     return "fsdp_with_a_cuda_accelerator_object";
   }
   if (state.strategy == "single_xla" || state.strategy == "single_tpu") return "single_xla_by_name";
@@ -53,8 +53,8 @@ inline std::string difference_of(const fabric::Flags& flags, const fabric::Varia
   const bool half = out.precision.kind == PrecisionKind::f16_mixed;
   detail::init_precision(state);
   if (!state.good()) return {};
-  const bool autocast_elsewhere = accelerator != nullptr && device != DeviceType::cuda &&
-                                  out.precision_engine == PrecisionEngine::mixed && state.precision_object == nullptr;
+  const bool autocast_elsewhere = accelerator && device != DeviceType::cuda &&
+                                  out.precision_engine == PrecisionEngine::mixed && !state.precision_object;
   if (autocast_elsewhere && half && device == DeviceType::cpu && rank_for_messages(variables) == 0) {
     return "autocast_with_an_accelerator_object";
   }

@@ -20,7 +20,7 @@ constexpr bool is_available(const AcceleratorFacts& accelerator, const Host& hos
 /// Stage choose_accelerator: what `auto` and `gpu` mean here.
 constexpr void choose_accelerator(State& state) {
   Selection& out = state.out;
-  if (state.accelerator_object != nullptr) {
+  if (state.accelerator_object) {
     out.accelerator = *state.accelerator_object;
     return;
   }
@@ -62,7 +62,7 @@ constexpr Expected<DeviceList> parse_own_devices(const DevicesFlag& flag, const 
 constexpr void init_accelerator(State& state) {
   Selection& out = state.out;
   const Host& host = state.host;
-  if (state.accelerator_object == nullptr && out.accelerator.device == DeviceType::xla && !host.xla_engine) {
+  if (!state.accelerator_object && out.accelerator.device == DeviceType::xla && !host.xla_engine) {
     return state.refuse(Problem(Code::missing_torch_xla, "accelerator"));
   }
   if (!is_available(out.accelerator, host)) {
@@ -79,7 +79,7 @@ constexpr void init_accelerator(State& state) {
     if (!parsed) return state.refuse(parsed.problem);
     out.parsed_devices = *parsed;
   }
-  if (state.strategy_object != nullptr && state.strategy_object->devices.count > 0) {
+  if (state.strategy_object && state.strategy_object->devices.count > 0) {
     out.devices = state.strategy_object->devices;
     out.sources.devices = Source::strategy;
   } else {

@@ -29,7 +29,7 @@ inline constexpr std::array<PrecisionEntry, 12> precision_entries{
      {"bf16", &BF16Mixed::facts, true}}};
 
 constexpr void check_strategy_name(State& state) {
-  if (state.strategy_object != nullptr) {
+  if (state.strategy_object) {
     state.out.strategy = state.strategy_object->facts;
     state.out.options = state.strategy_object->options;
     return;
@@ -54,7 +54,7 @@ constexpr void check_strategy_name(State& state) {
 }
 
 constexpr void check_accelerator_name(State& state) {
-  if (state.accelerator_object != nullptr || state.accelerator == "auto" || state.accelerator == "gpu") return;
+  if (state.accelerator_object || state.accelerator == "auto" || state.accelerator == "gpu") return;
   if (state.registry.accelerator(state.accelerator) != nullptr) return;
   Nearest nearest(state.accelerator);
   nearest.consider("auto");
@@ -70,12 +70,12 @@ constexpr void check_accelerator_name(State& state) {
 /// The Apple GPU is a single device. The letters "dp" in a name mean several.
 constexpr void check_apple_gpu(State& state) {
   if (!state.host.mps) return;
-  const bool could_be = state.accelerator_object != nullptr
+  const bool could_be = state.accelerator_object
                             ? state.accelerator_object->device == DeviceType::mps
                             : state.accelerator == "mps" || state.accelerator == "auto" || state.accelerator == "gpu";
   if (!could_be) return;
   bool parallel = false;
-  if (state.strategy_object != nullptr) {
+  if (state.strategy_object) {
     parallel = is_parallel(state.strategy_object->facts);
   } else {
     const std::string_view name = state.strategy;
@@ -84,7 +84,7 @@ constexpr void check_apple_gpu(State& state) {
   }
   if (!parallel) return;
   state.refuse(Problem(Code::mps_parallel_strategy, "strategy",
-                       state.strategy_object != nullptr ? shown_strategy(state).view() : state.strategy));
+                       state.strategy_object ? shown_strategy(state).view() : state.strategy));
 }
 
 constexpr void check_precision_value(State& state) {
@@ -116,7 +116,7 @@ constexpr void check_precision_value(State& state) {
     Problem problem(Code::invalid_precision, "precision", given);
     problem.nearest = nearest.best;
     state.refuse(problem);
-  } else if (state.precision_object == nullptr) {
+  } else if (!state.precision_object) {
     state.precision = F32::facts.flag;
     state.out.precision = F32::facts;
     state.out.precision_flag = F32::facts.flag;
@@ -133,7 +133,7 @@ constexpr void check_plugins(State& state) {
     if (seen[kind]++ == 0) order[different++] = kind;
     switch (plugin.kind) {
       case Plugin::Kind::precision:
-        state.precision_object = &plugin.precision;
+        state.precision_object = Maybe(plugin.precision);
         state.out.sources.precision = Source::plugin;
         break;
       case Plugin::Kind::checkpoint:
@@ -141,7 +141,7 @@ constexpr void check_plugins(State& state) {
         state.out.sources.checkpoint = Source::plugin;
         break;
       case Plugin::Kind::environment:
-        state.environment_object = &plugin.environment;
+        state.environment_object = Maybe(plugin.environment);
         state.out.sources.environment = Source::plugin;
         break;
     }
@@ -163,19 +163,19 @@ inline constexpr EnvironmentObject xla_environment{EnvironmentFacts{.name = "Xla
 
 /// What a strategy object brings must not be given a second time.
 constexpr void check_strategy_object(State& state) {
-  const StrategyObject* object = state.strategy_object;
-  if (object == nullptr) return;
+  const Maybe<StrategyObject> object = state.strategy_object;
+  if (!object) return;
   Selection& out = state.out;
   if (object->has_accelerator) {
-    if (state.accelerator_object != nullptr || state.accelerator != "auto") {
+    if (state.accelerator_object || state.accelerator != "auto") {
       state.refuse(Problem(Code::accelerator_flag_and_strategy, "accelerator"));
     }
-    state.accelerator_object = &object->accelerator;
+    state.accelerator_object = Maybe(object->accelerator);
     out.sources.accelerator = Source::strategy;
   }
   if (object->has_precision) {
-    if (state.precision_object != nullptr) state.refuse(Problem(Code::precision_plugin_and_strategy, "plugins"));
-    state.precision_object = &object->precision;
+    if (state.precision_object) state.refuse(Problem(Code::precision_plugin_and_strategy, "plugins"));
+    state.precision_object = Maybe(object->precision);
     out.sources.precision = Source::strategy;
   }
   if (object->checkpoint != CheckpointKind::none) {
@@ -188,10 +188,10 @@ constexpr void check_strategy_object(State& state) {
   const bool launched_by_xla =
       object->facts.family == StrategyFamily::xla || object->facts.family == StrategyFamily::xla_fsdp;
   if (object->environment.given() || launched_by_xla) {
-    if (state.environment_object != nullptr) {
+    if (state.environment_object) {
       state.refuse(Problem(Code::cluster_env_plugin_and_strategy, "plugins"));
     }
-    state.environment_object = launched_by_xla ? &xla_environment : &object->environment;
+    state.environment_object = Maybe(launched_by_xla ? xla_environment : object->environment);
     out.sources.environment = Source::strategy;
   }
   if (object->devices.count == 0) return;
@@ -199,16 +199,16 @@ constexpr void check_strategy_object(State& state) {
   if (type != DeviceType::cpu && type != DeviceType::cuda) return;
   const bool cpu = type == DeviceType::cpu;
   const std::string_view flag = cpu ? "cpu" : "cuda";
-  const AcceleratorFacts* accelerator = state.accelerator_object;
-  const bool same = accelerator != nullptr ? accelerator->device == type
+  const Maybe<AcceleratorFacts> accelerator = state.accelerator_object;
+  const bool same = accelerator ? accelerator->device == type
                                            : state.accelerator == "auto" || state.accelerator == flag ||
                                                  (!cpu && state.accelerator == "gpu");
   if (!same) {
     Problem problem(cpu ? Code::cpu_devices_vs_accelerator : Code::cuda_devices_vs_accelerator, "strategy",
                     object->facts.name);
-    problem.name(accelerator != nullptr ? std::string_view("<") : state.accelerator);
+    problem.name(accelerator ? std::string_view("<") : state.accelerator);
     state.refuse(problem);
-  } else if (accelerator == nullptr) {
+  } else if (!accelerator) {
     state.accelerator = flag;
     out.sources.accelerator = Source::strategy;
   }
@@ -234,7 +234,7 @@ constexpr void check_counts(State& state) {
   }
   if (is_zero_like(*state.devices)) {
     Problem problem(Code::zero_devices, "devices", shown(*state.devices));
-    problem.name(state.accelerator_object != nullptr ? state.accelerator_object->name.view() : state.accelerator);
+    problem.name(state.accelerator_object ? state.accelerator_object->name.view() : state.accelerator);
     state.refuse(problem);
   }
 }

@@ -8,22 +8,22 @@ namespace fabric::detail {
 /// An environment of the library or of the program, asked in the same way.
 struct AnyEnvironment {
   Environment known{};
-  const EnvironmentObject* custom = nullptr;
+  Maybe<EnvironmentObject> custom{};
 
   [[nodiscard]] constexpr bool external() const {
-    return custom != nullptr ? custom->external : known.creates_processes_externally();
+    return custom ? custom->external : known.creates_processes_externally();
   }
   [[nodiscard]] constexpr Expected<int> world_size() const {
-    return custom != nullptr ? Expected<int>(custom->world_size) : known.world_size();
+    return custom ? Expected<int>(custom->world_size) : known.world_size();
   }
   [[nodiscard]] constexpr Expected<int> global_rank() const {
-    return custom != nullptr ? Expected<int>(custom->global_rank) : known.global_rank();
+    return custom ? Expected<int>(custom->global_rank) : known.global_rank();
   }
   [[nodiscard]] constexpr Expected<int> local_rank() const {
-    return custom != nullptr ? Expected<int>(custom->local_rank) : known.local_rank();
+    return custom ? Expected<int>(custom->local_rank) : known.local_rank();
   }
   [[nodiscard]] constexpr Expected<int> node_rank() const {
-    return custom != nullptr ? Expected<int>(custom->node_rank) : known.node_rank();
+    return custom ? Expected<int>(custom->node_rank) : known.node_rank();
   }
 };
 
@@ -43,7 +43,7 @@ constexpr EnvironmentFacts environment_facts(EnvironmentKind kind) {
 constexpr AnyEnvironment choose_environment(State& state) {
   Selection& out = state.out;
   EnvironmentChoice choice;
-  if (state.environment_object != nullptr) {
+  if (state.environment_object) {
     out.environment = state.environment_object->facts;
     if (out.environment.kind == EnvironmentKind::custom) return {.custom = state.environment_object};
     choice.forced = out.environment.kind;

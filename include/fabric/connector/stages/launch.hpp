@@ -77,12 +77,12 @@ constexpr void read_ranks(State& state, AnyEnvironment& environment) {
   out.node_rank = as_rank(node);
   out.sampler_replicas = {.value = out.num_nodes * processes};
   if (out.strategy.family == StrategyFamily::deepspeed) out.sampler_replicas = out.world_size;
-  if (distributes && environment.custom == nullptr) {
+  if (distributes && !environment.custom) {
     const auto address = environment.known.main_address();
     out.main_address = address.value;
     out.main_port = address ? as_rank(environment.known.main_port()) : Rank{.code = address.problem.code};
   }
-  if (distributes && environment.custom == nullptr)
+  if (distributes && !environment.custom)
     out.settings = environment.known.validate_settings(processes, out.num_nodes);
 }
 

@@ -38,7 +38,7 @@ constexpr Found<Variable> winner(State& state, std::string_view variable, std::s
 constexpr void merge_accelerator(State& state) {
   const AcceleratorFlag& flag = state.flags.accelerator;
   if (flag.is_object) {
-    state.accelerator_object = &flag.facts;
+    state.accelerator_object = Maybe(flag.facts);
     state.out.sources.accelerator = Source::flag;
   } else {
     state.accelerator = flag.text;
@@ -48,7 +48,7 @@ constexpr void merge_accelerator(State& state) {
   const std::string_view text = flag.is_object ? shown.view() : flag.text.view();
   if (const auto v = winner(state, "LT_ACCELERATOR", "accelerator", text, shown, "auto")) {
     state.accelerator = v->value;
-    state.accelerator_object = nullptr;
+    state.accelerator_object = {};
     state.out.sources.accelerator = Source::variable;
   }
 }
@@ -56,7 +56,7 @@ constexpr void merge_accelerator(State& state) {
 constexpr void merge_strategy(State& state) {
   const StrategyFlag& flag = state.flags.strategy;
   if (flag.is_object) {
-    state.strategy_object = &flag.object;
+    state.strategy_object = Maybe(flag.object);
     state.out.sources.strategy = Source::flag;
   } else {
     state.strategy = flag.text;
@@ -66,7 +66,7 @@ constexpr void merge_strategy(State& state) {
   const std::string_view text = flag.is_object ? shown.view() : flag.text.view();
   if (const auto v = winner(state, "LT_STRATEGY", "strategy", text, shown, "auto")) {
     state.strategy = v->value;
-    state.strategy_object = nullptr;
+    state.strategy_object = {};
     state.out.sources.strategy = Source::variable;
   }
 }
@@ -134,7 +134,7 @@ constexpr void merge_precision(State& state) {
   } else {
     if (flag.form != PrecisionFlag::Form::unset) state.out.sources.precision = Source::flag;
     if (flag.form == PrecisionFlag::Form::text) state.precision = flag.text;
-    if (flag.form == PrecisionFlag::Form::object) state.precision_object = &flag.object;
+    if (flag.form == PrecisionFlag::Form::object) state.precision_object = Maybe(flag.object);
   }
 }
 

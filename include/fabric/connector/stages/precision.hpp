@@ -33,7 +33,7 @@ inline constexpr PrecisionRule precision_rules[]{
 /// Stage precision: an object as it is; a value by what the strategy has, with a fallback on CPUs.
 constexpr void init_precision(State& state) {
   Selection& out = state.out;
-  if (state.precision_object != nullptr) {
+  if (state.precision_object) {
     out.precision = state.precision_object->facts;
     out.precision_engine = state.precision_object->engine;
     out.precision_device = state.precision_object->device;

@@ -11,6 +11,23 @@
 
 namespace fabric::detail {
 
+/// A view of an object that may not be there. It is no bare pointer because g++ 12 takes a comparison of a temporary's
+/// address with null for no constant expression.
+template <class T>
+class Maybe {
+ public:
+  constexpr Maybe() = default;
+  constexpr explicit Maybe(const T& object) : there_(true), object_(&object) {}
+
+  constexpr explicit operator bool() const { return there_; }
+  constexpr const T* operator->() const { return object_; }
+  constexpr const T& operator*() const { return *object_; }
+
+ private:
+  bool there_ = false;
+  const T* object_ = nullptr;
+};
+
 /// What the stages of `resolve` hand on. Large values are pointed to: the flags outlive the call.
 struct State {
   const Flags& flags;
@@ -21,9 +38,9 @@ struct State {
 
   // After merging flags and variables. Texts are views of the flag or of the variable; an object has none.
   std::string_view accelerator{};
-  const AcceleratorFacts* accelerator_object = nullptr;
+  Maybe<AcceleratorFacts> accelerator_object{};
   std::string_view strategy{};
-  const StrategyObject* strategy_object = nullptr;
+  Maybe<StrategyObject> strategy_object{};
   const DevicesFlag* devices = nullptr;
   DevicesFlag devices_of_variable{};
   int num_nodes = 1;
@@ -33,8 +50,8 @@ struct State {
   // Texts are compared without regard to case; this is where the lower-case strategy lives.
   Name lowered{};
 
-  const PrecisionObject* precision_object = nullptr;
-  const EnvironmentObject* environment_object = nullptr;
+  Maybe<PrecisionObject> precision_object{};
+  Maybe<EnvironmentObject> environment_object{};
 
   Stage stage = Stage::user;
 
@@ -71,7 +88,7 @@ constexpr Text<112> in_angles(std::string_view name) {
 
 /// The strategy as messages name it.
 constexpr Text<112> shown_strategy(const State& state) {
-  return state.strategy_object != nullptr ? in_angles(state.strategy_object->facts.name) : in_quotes(state.strategy);
+  return state.strategy_object ? in_angles(state.strategy_object->facts.name) : in_quotes(state.strategy);
 }
 
 }  // namespace fabric::detail

@@ -38,7 +38,7 @@ constexpr void choose_strategy(State& state) {
 /// Stage choose_strategy and fallback: some texts mean another strategy here, some are refused.
 constexpr void settle_strategy(State& state) {
   Selection& out = state.out;
-  if (state.strategy_object == nullptr && state.strategy == "auto") choose_strategy(state);
+  if (!state.strategy_object && state.strategy == "auto") choose_strategy(state);
   if (state.strategy == "fsdp" && state.accelerator == "tpu") {
     state.strategy = XlaFsdp::facts.flag;
     out.strategy = XlaFsdp::facts;
@@ -61,7 +61,7 @@ constexpr void init_strategy(State& state) {
   Selection& out = state.out;
   out.strategy_flag = state.strategy;
   const StrategyFamily family = out.strategy.family;
-  if (state.strategy_object != nullptr) {
+  if (state.strategy_object) {
     if (state.strategy_object->has_devices) out.single_device = state.strategy_object->device;
   } else {
     if (const Code code = missing_engine(out.strategy, state.host); code != Code::none) {
