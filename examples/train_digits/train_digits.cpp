@@ -1,0 +1,129 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Trains a small network on handwritten digits, on whatever the flags say:
+//   train_digits --strategy ddp --devices 2 --precision bf16-mixed
+
+#include <cstdint>
+#include <exception>
+#include <iostream>
+#include <memory>
+#include <string>
+#include <type_traits>
+#include <vector>
+
+#include <CLI/CLI.hpp>
+#include <fabric/fabric.hpp>
+#include <fmt/format.h>
+
+#include "digits.hpp"
+#include "progress.hpp"
+
+namespace {
+
+using namespace fabric;
+
+struct Arguments {
+  Flags flags;
+  int epochs = 12;
+  std::size_t batch_size = 32;  // of each process
+  double lr = 2e-3;
+  double eps = 1e-8;
+  std::uint64_t seed = 0;
+  std::string optimizer = "adamw";
+  std::string log;
+  std::string data = FABRIC_SOURCE_DIR "/examples/data/digits.csv";
+  bool no_shuffle = false;
+};
+
+/// What this program can run on. Each combination is compiled once, all others are refused by name.
+using OnWhat = std::conditional_t<built_with_nccl, Accelerators<Cpu, Cuda>, Accelerators<Cpu>>;
+using DigitsMenu =
+    Menu<OnWhat, Strategies<SingleDevice, Ddp, DdpFindUnusedParameters>, Precisions<F32, F64, BF16, BF16Mixed>>;
+
+std::unique_ptr<torch::optim::Optimizer> make_optimizer(const Arguments& arguments, const std::vector<at::Tensor>& parameters) {
+  if (arguments.optimizer == "sgd") {
+    return std::make_unique<torch::optim::SGD>(parameters, torch::optim::SGDOptions(arguments.lr).momentum(0.9));
+  }
+  if (arguments.optimizer == "adam") {
+    return std::make_unique<torch::optim::Adam>(parameters, torch::optim::AdamOptions(arguments.lr).eps(arguments.eps));
+  }
+  return std::make_unique<torch::optim::AdamW>(parameters, torch::optim::AdamWOptions(arguments.lr).eps(arguments.eps));
+}
+
+/// The share of held-out digits that the model reads rightly, over all ranks.
+template <class F, class Model>
+double accuracy(F& fabric, Model& model, const Arguments& arguments) {
+  // Not padded: each digit counts once.
+  auto loader = fabric.setup_dataloader(Digits(arguments.data, Part::held_out), {.batch_size = 256, .pad = false});
+  const torch::NoGradGuard no_grad;
+  model->eval();
+  auto right_and_all = torch::zeros({2}, torch::TensorOptions(fabric.device()).dtype(torch::kDouble));
+  for (auto& batch : loader) {
+    right_and_all[0] += model(batch.data).argmax(1).eq(batch.target).sum();
+    right_and_all[1] += batch.target.size(0);
+  }
+  model->train();
+  const auto sums = fabric.all_reduce(right_and_all, ReduceOp::sum);
+  return (sums[0] / sums[1]).template item<double>();
+}
+
+/// The training loop, which is the same for each entry of the menu.
+template <class F>
+void train(F& fabric, const Arguments& arguments) {
+  fabric.launch();
+  seed_everything(arguments.seed);
+  auto net = fabric.init_module([] { return DigitNet(); });
+  auto [model, optimizer] = fabric.setup(net, make_optimizer(arguments, net->parameters()));
+  auto loader = fabric.setup_dataloader(
+      Digits(arguments.data, Part::training),
+      {.batch_size = arguments.batch_size, .shuffle = !arguments.no_shuffle, .seed = arguments.seed});
+
+  const auto images_per_epoch = loader.rows() * static_cast<std::size_t>(fabric.world_size());
+  Progress progress(fabric.is_global_zero(), arguments.epochs, loader.size(), images_per_epoch);
+  std::int64_t step = 0;
+  for (int epoch = 0; epoch < arguments.epochs; ++epoch) {
+    progress.begin_epoch();
+    at::Tensor loss;
+    for (auto& batch : loader) {
+      optimizer.zero_grad();
+      loss = torch::cross_entropy_loss(model(batch.data), batch.target);
+      fabric.backward(loss);
+      optimizer.step();
+      fabric.log("loss", loss, step++);
+      progress.step();
+    }
+    progress.end_epoch(epoch, loss.item<double>());
+  }
+  fabric.print(fmt::format("accuracy={:.4f}", accuracy(fabric, model, arguments)));
+}
+
+}  // namespace
+
+int main(int argc, char** argv) try {
+  Arguments arguments;
+  CLI::App app("Trains a small network on handwritten digits");
+  add_flags(app, arguments.flags);
+  app.add_option("--epochs", arguments.epochs)->capture_default_str()->check(CLI::PositiveNumber);
+  app.add_option("--batch-size", arguments.batch_size, "of each process")->capture_default_str()->check(CLI::PositiveNumber);
+  app.add_option("--lr", arguments.lr)->capture_default_str();
+  app.add_option("--eps", arguments.eps, "of adam and adamw")->capture_default_str();
+  app.add_option("--seed", arguments.seed)->capture_default_str();
+  app.add_option("--optimizer", arguments.optimizer)->capture_default_str()->check(CLI::IsMember({"adamw", "sgd", "adam"}));
+  app.add_option("--log", arguments.log, "CSV file for the loss of each step");
+  app.add_option("--data", arguments.data)->capture_default_str()->check(CLI::ExistingFile);
+  app.add_flag("--no-shuffle", arguments.no_shuffle, "the same order in each epoch");
+  CLI11_PARSE(app, argc, argv);
+
+  const Selection selection = resolve_here(arguments.flags);
+  visit_selected<DigitsMenu>(selection, [&](auto entry) {
+    using F = typename decltype(entry)::type;
+    typename F::Options options;
+    if (!arguments.log.empty()) options.loggers.push_back(std::make_shared<CsvLogger>(arguments.log));
+    F fabric(selection, std::move(options));
+    train(fabric, arguments);
+  });
+  return 0;
+} catch (const std::exception& error) {
+  std::cerr << "train_digits: " << error.what() << '\n';
+  return 1;
+}

@@ -1,0 +1,20 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <torch/torch.h>
+#include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
+
+namespace fabric {
+
+/// The processes that train together, as one of them sees it. `group` is null while there is only one.
+struct World {
+  int size = 1;
+  int global_rank = 0;
+  int local_rank = 0;
+  int node_rank = 0;
+  c10::intrusive_ptr<c10d::ProcessGroup> group;
+
+  [[nodiscard]] bool is_global_zero() const { return global_rank == 0; }
+};
+
+}  // namespace fabric

@@ -1,0 +1,378 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <cstdint>
+#include <cstdio>
+#include <functional>
+#include <memory>
+#include <optional>
+#include <sstream>
+#include <string>
+#include <tuple>
+#include <type_traits>
+#include <unordered_set>
+#include <utility>
+#include <vector>
+
+#include <torch/torch.h>
+
+#include "fabric/callback.hpp"
+#include "fabric/comm/collectives.hpp"
+#include "fabric/comm/world.hpp"
+#include "fabric/connector/resolve_here.hpp"
+#include "fabric/connector/selection.hpp"
+#include "fabric/data/data_loader.hpp"
+#include "fabric/device.hpp"
+#include "fabric/error.hpp"
+#include "fabric/loggers/logger.hpp"
+#include "fabric/module/clip_gradients.hpp"
+#include "fabric/module/fabric_module.hpp"
+#include "fabric/module/fabric_optimizer.hpp"
+#include "fabric/policy/diagnose.hpp"
+#include "fabric/precision/precision_plugin.hpp"
+#include "fabric/strategy/engine_diagnosis.hpp"
+#include "fabric/tree.hpp"
+
+namespace fabric {
+
+/// Runs a training loop on an accelerator, by a strategy, in a precision, in an environment, all named as types. The
+/// loop is the user's own: it calls `setup` on its modules and optimizers and `backward` on its loss, and the types do
+/// the rest. Policies that do not go together do not compile; the compiler then names the nearest ones that do.
+template <class Accelerator, class Strategy, class Precision, class Environment>
+class Fabric {
+  static_assert(diagnose<Accelerator, Strategy, Precision, Environment>());
+  static_assert(diagnose_engine<Accelerator, Strategy, Precision, Environment>());
+
+  using Code = detail::CodeFor<Accelerator, Strategy, Precision>;
+
+ public:
+  using Engine = typename Code::Engine;
+  using Plugin = typename Code::Plugin;
+
+  /// What may be chosen at run time.
+  struct Options {
+    DevicesFlag devices{};     ///< A count, indices, -1 for all; by default all GPUs, or one process on a CPU.
+    NumNodesFlag num_nodes{};
+    typename Engine::Options strategy{};
+    std::vector<std::shared_ptr<Logger>> loggers{};
+    std::vector<std::shared_ptr<Callback>> callbacks{};
+  };
+
+  /// Resolves the options against this machine and its variables. Throws fabric::Error that names every problem.
+  Fabric() : Fabric(Options{}) {}
+  explicit Fabric(Options options)
+      : Fabric(resolve_here(flags_for<Accelerator, Strategy, Precision, Environment>(options.devices, options.num_nodes)),
+               std::move(options)) {}
+
+  /// Runs on what the connector selected; `options.devices` and `num_nodes` are the selection's. Throws fabric::Error if
+  /// the selection is of other policies.
+  explicit Fabric(const Selection& selection, Options options = {})
+      : selection_(selection), engine_(options.strategy), loggers_(std::move(options.loggers)),
+        callbacks_(std::move(options.callbacks)), device_(device_of(selection, 0)) {
+    constexpr Combination own = combination_v<Accelerator, Strategy, Precision, Environment>;
+    if (!selects(selection, own)) {
+      throw Error("fabric: this is a " + name_of(own) + ", but the selection says " +
+                  name_of({selection.accelerator, selection.strategy, selection.precision}));
+    }
+    if constexpr (!is_parallel(Strategy::facts)) activate(device_);
+  }
+
+  Fabric(const Fabric&) = delete;
+  Fabric& operator=(const Fabric&) = delete;
+
+  /// Starts or joins the other processes. Code after it runs in all of them. Once per Fabric; strategies of one process
+  /// need not call it. Throws fabric::Error for variables that contradict the options.
+  void launch() {
+    if (launched_) throw Error("fabric: launch() was called twice on the same Fabric");
+    world_ = engine_.launch(selection_, device_);
+    device_ = device_of(selection_, world_.local_rank);
+    activate(device_);
+    launched_ = true;
+  }
+  /// `launch()`, then `function(*this, arguments...)` in all processes. Returns what that returns.
+  template <class Function, class... Arguments>
+  decltype(auto) launch(Function&& function, Arguments&&... arguments) {
+    launch();
+    return std::invoke(std::forward<Function>(function), *this, std::forward<Arguments>(arguments)...);
+  }
+
+  /// Prepares modules and optimizers for this Fabric: modules move to the device and become equal on all ranks. Returns
+  /// the wrapped objects in the order of the arguments: one, or a tuple of several:
+  /// `auto [model, optimizer] = fabric.setup(Net(), optimizer)`. An optimizer comes with, or after, the modules whose
+  /// parameters it has. Throws fabric::Error before launch().
+  template <class... Arguments>
+  [[nodiscard]] auto setup(Arguments&&... arguments) {
+    static_assert(sizeof...(Arguments) > 0, "fabric: setup takes modules and optimizers");
+    static_assert(((ModuleArgument<Arguments> || OptimizerArgument<Arguments>)&&...),
+                  "fabric: setup takes modules (ModuleHolder, pointer or reference to a torch::nn::Module) and optimizers");
+    require_launch("setup");
+    // First all modules, since a DDP optimizer must know the modules behind its parameters wherever it stands.
+    auto modules = std::tuple{setup_if_module(std::forward<Arguments>(arguments))...};
+    auto all = finish_setup(modules, std::index_sequence_for<Arguments...>{}, std::forward<Arguments>(arguments)...);
+    if constexpr (sizeof...(Arguments) == 1) {
+      return std::get<0>(std::move(all));
+    } else {
+      return all;
+    }
+  }
+
+  /// Deals the rows of a `torch::data` dataset to the ranks, reshuffles them each epoch if asked, and moves each batch to
+  /// the device.
+  template <class Dataset>
+  [[nodiscard]] DataLoader<std::remove_cvref_t<Dataset>> setup_dataloader(Dataset&& dataset, const LoaderOptions& options) {
+    static_assert(requires { typename std::remove_cvref_t<Dataset>::BatchType; dataset.size(); },
+                  "fabric: setup_dataloader takes a dataset, not a loader: a loader's sampler cannot be made to deal rows to ranks");
+    require_launch("setup_dataloader");
+    const Shares shares{.replicas = static_cast<std::size_t>(world_.size),
+                        .rank = static_cast<std::size_t>(world_.global_rank),
+                        .shuffle = options.shuffle,
+                        .seed = options.seed,
+                        .pad = options.pad};
+    return {std::forward<Dataset>(dataset), shares, options, device_};
+  }
+
+  /// `loss.backward()`, with the gradients averaged over the ranks if the strategy does that. Throws fabric::Error for a
+  /// tensor that no parameter has part in.
+  void backward(const at::Tensor& loss, const std::optional<at::Tensor>& gradient = std::nullopt, bool retain_graph = false) {
+    if (!loss.requires_grad()) [[unlikely]] refuse_loss(loss);
+    loss.backward(gradient.value_or(at::Tensor()), retain_graph);
+    if constexpr (!std::is_empty_v<ModuleState>) {
+      for (const KnownModule& known : modules_) {
+        if (const auto state = known.state.lock()) Engine::after_backward(*state);
+      }
+    }
+  }
+
+  /// Clips the gradients of a module that `setup` returned, all together by their norm; returns the norm from before.
+  /// Throws fabric::Error for a norm that is not finite.
+  template <class M>
+  at::Tensor clip_gradients(const FabricModule<M, Engine, Plugin>& model, const ClipNorm& clip) {
+    return fabric::clip_gradients(named_parameters(model.module()), clip);
+  }
+  /// Clips each element of the gradients.
+  template <class M>
+  void clip_gradients(const FabricModule<M, Engine, Plugin>& model, const ClipValue& clip) {
+    fabric::clip_gradients(named_parameters(model.module()), clip);
+  }
+  /// Clips the gradients of an optimizer's parameters alone.
+  template <class O, class Clip>
+  auto clip_gradients(const FabricOptimizer<O, Engine>& optimizer, const Clip& clip) {
+    return fabric::clip_gradients(named_parameters(optimizer.optimizer()), clip);
+  }
+
+  /// While the result lives, forward and backward of `model` keep gradients local, to accumulate over several batches
+  /// without communication. `enabled` false changes nothing: `auto guard = fabric.no_backward_sync(model, i % 4 != 3)`.
+  template <class M>
+  [[nodiscard]] auto no_backward_sync(const FabricModule<M, Engine, Plugin>& model, bool enabled = true) {
+    return engine_.no_backward_sync(*model.state(), enabled);
+  }
+
+  /// While the result lives, operators run as they do in a module's forward.
+  [[nodiscard]] typename Plugin::ForwardContext autocast() const {
+    return typename Plugin::ForwardContext(device_.type());
+  }
+
+  /// The tensors of a tree, or a module, on this rank's device.
+  template <class T>
+  [[nodiscard]] tree::Bare<T> to_device(T&& value) const {
+    if constexpr (ModuleArgument<T>) {
+      auto module = detail::shared_module(value);
+      module->to(device_);
+      return std::forward<T>(value);
+    } else {
+      return tree::map(std::forward<T>(value), [this](const at::Tensor& tensor) { return tensor.to(device_); });
+    }
+  }
+
+  /// The module that `make()` returns, made in this precision's dtype and moved to the device.
+  template <class Make>
+  [[nodiscard]] auto init_module(Make&& make) const {
+    [[maybe_unused]] const typename Plugin::InitContext context;
+    return to_device(std::forward<Make>(make)());
+  }
+
+  /// Runs `function` on global rank 0 (with `local`: on each node's local rank 0) before the other ranks do, so that the
+  /// first finds nothing and the others what it made, such as a download. Returns what `function` returns.
+  template <class Function>
+  auto rank_zero_first(Function&& function, bool local = false) {
+    const bool first = local ? world_.local_rank == 0 : is_global_zero();
+    if (!first) barrier();
+    if constexpr (std::is_void_v<std::invoke_result_t<Function>>) {
+      std::forward<Function>(function)();
+      if (first) barrier();
+    } else {
+      auto result = std::forward<Function>(function)();
+      if (first) barrier();
+      return result;
+    }
+  }
+
+  /// Writes the values and a line end to standard output, on global rank 0 only.
+  template <class... Values>
+  void print(const Values&... values) const {
+    if (!is_global_zero()) return;
+    std::ostringstream line;
+    (line << ... << values);
+    std::puts(line.str().c_str());
+    std::fflush(stdout);
+  }
+
+  /// Tells the loggers a metric, on global rank 0 only. A tensor must have one element.
+  void log(const std::string& name, double value, std::optional<std::int64_t> step = std::nullopt) {
+    log_dict({{name, value}}, step);
+  }
+  void log(const std::string& name, const at::Tensor& value, std::optional<std::int64_t> step = std::nullopt) {
+    if (is_global_zero() && !loggers_.empty()) log(name, value.item<double>(), step);
+  }
+  /// Several metrics as one row.
+  void log_dict(const Metrics& metrics, std::optional<std::int64_t> step = std::nullopt) {
+    if (!is_global_zero()) return;
+    for (const auto& logger : loggers_) logger->log_metrics(metrics, step);
+  }
+
+  /// Calls `hook` on each callback that has it, in their order.
+  template <class Hooks, class... Parameters, class... Arguments>
+  void call(void (Hooks::*hook)(Parameters...), const Arguments&... arguments) {
+    for (const auto& callback : callbacks_) {
+      if (auto* hooks = dynamic_cast<Hooks*>(callback.get())) (hooks->*hook)(arguments...);
+    }
+  }
+
+  /// Waits for all ranks.
+  void barrier() const { fabric::barrier(world_); }
+  /// See fabric::all_reduce: a tree combined over the ranks, on all of them.
+  template <class T>
+  [[nodiscard]] auto all_reduce(T&& value, ReduceOp op = ReduceOp::mean) const {
+    return fabric::all_reduce(world_, std::forward<T>(value), op);
+  }
+  /// See fabric::reduce: combined on rank `root` alone.
+  template <class T>
+  [[nodiscard]] auto reduce(T&& value, ReduceOp op = ReduceOp::mean, int root = 0) const {
+    return fabric::reduce(world_, std::forward<T>(value), op, root);
+  }
+  /// See fabric::all_gather: (world size, *shape) for each tensor of the tree.
+  template <class T>
+  [[nodiscard]] auto all_gather(T&& value) const {
+    return fabric::all_gather(world_, std::forward<T>(value));
+  }
+  /// Rank `root`'s tree, text or number, on all ranks.
+  template <class T>
+  [[nodiscard]] auto broadcast(T&& value, int root = 0) const {
+    if constexpr (std::is_convertible_v<T, std::string>) {
+      return fabric::broadcast(world_, std::string(std::forward<T>(value)), device_, root);
+    } else if constexpr (std::is_arithmetic_v<tree::Bare<T>>) {
+      return fabric::broadcast(world_, value, device_, root);
+    } else {
+      return fabric::broadcast(world_, std::forward<T>(value), root);
+    }
+  }
+
+  [[nodiscard]] int global_rank() const { return world_.global_rank; }
+  [[nodiscard]] int local_rank() const { return world_.local_rank; }
+  [[nodiscard]] int node_rank() const { return world_.node_rank; }
+  [[nodiscard]] int world_size() const { return world_.size; }
+  [[nodiscard]] bool is_global_zero() const { return world_.is_global_zero(); }
+  [[nodiscard]] at::Device device() const { return device_; }
+  [[nodiscard]] const World& world() const { return world_; }
+  [[nodiscard]] const Selection& selection() const { return selection_; }
+
+ private:
+  using ModuleState = typename Engine::ModuleState;
+  /// What an optimizer's parameters are looked up in.
+  struct KnownModule {
+    std::weak_ptr<ModuleState> state;
+    std::unordered_set<const c10::TensorImpl*> parameters;
+  };
+
+  void require_launch(const char* what) const {
+    if constexpr (is_parallel(Strategy::facts)) {
+      if (!launched_) throw Error(std::string("fabric: ") + what + " before launch(): call fabric.launch() first");
+    }
+  }
+
+  [[noreturn]] static void refuse_loss(const at::Tensor& loss) {
+    throw Error(std::string("fabric: backward of a tensor that no parameter has part in (") +
+                (loss.defined() ? "requires_grad is false" : "it is undefined") +
+                "): was it detached, made under NoGradGuard, or is it not the output of a module that `setup` returned?");
+  }
+
+  template <class T>
+  auto setup_if_module(T&& argument) {
+    if constexpr (ModuleArgument<T>) {
+      auto module = detail::shared_module(std::forward<T>(argument));
+      module->to(device_);
+      Plugin::convert_module(*module);
+      using M = typename decltype(module)::element_type;
+      FabricModule<M, Engine, Plugin> wrapped(std::move(module), device_.type());
+      engine_.setup(*wrapped.state(), wrapped.module(), world_);
+      KnownModule known{wrapped.state(), {}};
+      for (const at::Tensor& parameter : wrapped->parameters()) known.parameters.insert(parameter.unsafeGetTensorImpl());
+      modules_.push_back(std::move(known));
+      return wrapped;
+    } else {
+      return 0;
+    }
+  }
+
+  template <class Modules, std::size_t... i, class... Arguments>
+  auto finish_setup(Modules& modules, std::index_sequence<i...> /*indices*/, Arguments&&... arguments) {
+    return std::tuple{setup_if_optimizer(std::get<i>(modules), std::forward<Arguments>(arguments))...};
+  }
+
+  template <class Module, class T>
+  auto setup_if_optimizer(Module& module, T&& argument) {
+    if constexpr (ModuleArgument<T>) {
+      return module;
+    } else {
+      auto optimizer = detail::shared_optimizer(std::forward<T>(argument));
+      std::vector<std::shared_ptr<ModuleState>> states;
+      if constexpr (!std::is_empty_v<ModuleState>) {
+        for (const KnownModule& known : modules_) {
+          const auto state = known.state.lock();
+          if (state && shares_parameters(*optimizer, known)) states.push_back(state);
+        }
+        if (states.empty()) {
+          throw Error("fabric: setup: none of this optimizer's parameters belong to a module that was set up: pass the module "
+                      "along, or set it up first");
+        }
+      }
+      using O = typename decltype(optimizer)::element_type;
+      return FabricOptimizer<O, Engine>(std::move(optimizer), std::move(states));
+    }
+  }
+
+  static bool shares_parameters(torch::optim::Optimizer& optimizer, const KnownModule& known) {
+    for (const auto& group : optimizer.param_groups()) {
+      for (const at::Tensor& parameter : group.params()) {
+        if (known.parameters.contains(parameter.unsafeGetTensorImpl())) return true;
+      }
+    }
+    return false;
+  }
+
+  static std::vector<std::pair<std::string, at::Tensor>> named_parameters(const torch::nn::Module& module) {
+    std::vector<std::pair<std::string, at::Tensor>> named;
+    for (const auto& item : module.named_parameters()) named.emplace_back(item.key(), item.value());
+    return named;
+  }
+  static std::vector<std::pair<std::string, at::Tensor>> named_parameters(torch::optim::Optimizer& optimizer) {
+    std::vector<std::pair<std::string, at::Tensor>> named;
+    for (const auto& group : optimizer.param_groups()) {
+      for (const at::Tensor& parameter : group.params()) {
+        named.emplace_back("parameter " + std::to_string(named.size()), parameter);
+      }
+    }
+    return named;
+  }
+
+  Selection selection_;
+  Engine engine_;
+  std::vector<std::shared_ptr<Logger>> loggers_;
+  std::vector<std::shared_ptr<Callback>> callbacks_;
+  at::Device device_;
+  World world_;
+  bool launched_ = false;
+  std::vector<KnownModule> modules_;
+};
+
+}  // namespace fabric

@@ -1,0 +1,49 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+// Everything in which LibTorch 2.9 to 2.15 differ for this library stands here.
+
+#include <memory>
+#include <string>
+#include <unordered_map>
+#include <utility>
+#include <vector>
+
+#include <torch/torch.h>
+#include <torch/csrc/distributed/c10d/reducer.hpp>
+#include <torch/version.h>
+
+static_assert(TORCH_VERSION_MAJOR == 2 && TORCH_VERSION_MINOR >= 9,
+              "fabric: LibTorch 2.9 or newer is needed; `make libtorch` installs one that is known to work");
+
+namespace fabric::libtorch {
+
+/// What `c10d::Reducer`'s constructor takes in each of these versions.
+struct ReducerArguments {
+  std::vector<at::Tensor> parameters;
+  std::vector<std::vector<size_t>> buckets;
+  c10::intrusive_ptr<c10d::ProcessGroup> group;
+  int64_t bucket_bytes = 0;
+  int64_t first_bucket_bytes = 0;
+  bool find_unused_parameters = false;
+  bool gradient_as_bucket_view = true;
+  std::unordered_map<size_t, std::string> names;
+};
+
+/// Makes a Reducer for dense gradients.
+[[nodiscard]] inline std::shared_ptr<c10d::Reducer> make_reducer(ReducerArguments arguments) {
+  std::vector<bool> sparse(arguments.parameters.size(), false);
+  constexpr bool skip_all_reduce_of_unused = false;
+  constexpr bool python = false;
+  return std::make_shared<c10d::Reducer>(
+      std::move(arguments.parameters), std::move(arguments.buckets), std::move(arguments.group), std::move(sparse),
+      arguments.bucket_bytes, arguments.find_unused_parameters, arguments.gradient_as_bucket_view,
+      std::move(arguments.names), arguments.first_bucket_bytes, skip_all_reduce_of_unused, python
+#if TORCH_VERSION_MINOR >= 11
+      ,
+      std::vector<int64_t>{}  // one capacity for all buckets
+#endif
+  );
+}
+
+}  // namespace fabric::libtorch

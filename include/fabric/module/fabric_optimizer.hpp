@@ -1,0 +1,108 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <concepts>
+#include <memory>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#include <torch/torch.h>
+
+namespace fabric {
+
+namespace detail {
+
+template <class T>
+concept OptimizerItself = std::derived_from<std::remove_cvref_t<T>, torch::optim::Optimizer>;
+template <class T>
+concept OptimizerPointer = requires(const std::remove_cvref_t<T>& pointer) {
+  { *pointer } -> OptimizerItself;
+  { pointer.get() };
+};
+
+}  // namespace detail
+
+/// What `setup` takes as an optimizer: one of `torch::optim`'s, or one derived like them, by reference (the caller's
+/// object stays usable and must outlive what `setup` returns), by value, or by smart pointer.
+template <class T>
+concept OptimizerArgument = detail::OptimizerItself<T> || detail::OptimizerPointer<T>;
+
+namespace detail {
+
+template <OptimizerArgument T>
+auto shared_optimizer(T&& argument) {
+  if constexpr (OptimizerItself<T>) {
+    using O = std::remove_cvref_t<T>;
+    if constexpr (std::is_lvalue_reference_v<T>) {
+      return std::shared_ptr<O>(std::shared_ptr<void>(), &argument);
+    } else {
+      return std::make_shared<O>(std::forward<T>(argument));
+    }
+  } else {
+    using O = std::remove_reference_t<decltype(*argument)>;
+    return std::shared_ptr<O>(std::forward<T>(argument));
+  }
+}
+
+}  // namespace detail
+
+/// An optimizer as `setup` returns it: `step` first makes sure that the gradients are the ones of all ranks.
+template <class O, class Engine>
+class FabricOptimizer {
+ public:
+  using ModuleState = typename Engine::ModuleState;
+
+  /// `states` are those of the modules whose parameters this optimizer changes.
+  FabricOptimizer(std::shared_ptr<O> optimizer, std::vector<std::shared_ptr<ModuleState>> states)
+      : optimizer_(std::move(optimizer)), states_(std::move(states)) {}
+
+  /// Changes the parameters by their gradients. Throws fabric::Error when the strategy knows that those are not averaged.
+  void step() {
+    before_step();
+    optimizer_->step();
+  }
+
+  /// For optimizers that evaluate the loss themselves (LBFGS): `closure` clears the gradients, computes the loss, runs
+  /// backward and returns the loss. Returns what the optimizer makes of it.
+  template <std::invocable Closure>
+  at::Tensor step(Closure&& closure) {
+    return optimizer_->step([&] {
+      const at::AutoGradMode with_gradients(true);
+      at::Tensor loss = closure();
+      before_step();
+      return loss;
+    });
+  }
+
+  /// Drops the gradients, or with `set_to_none` false fills them with zeros.
+  void zero_grad(bool set_to_none = true) {
+    if constexpr (std::is_empty_v<ModuleState>) {
+      optimizer_->zero_grad(set_to_none);
+    } else {
+      // Not the optimizer's own way, which detaches each gradient in place: impossible for a view of a bucket.
+      const at::NoGradGuard no_grad;
+      for (auto& group : optimizer_->param_groups()) {
+        for (at::Tensor& parameter : group.params()) {
+          if (!parameter.grad().defined()) continue;
+          set_to_none ? parameter.mutable_grad().reset() : static_cast<void>(parameter.mutable_grad().zero_());
+        }
+      }
+    }
+    for (const auto& state : states_) Engine::after_zero_grad(*state);
+  }
+
+  /// The optimizer itself, for learning rates and schedulers.
+  [[nodiscard]] O& optimizer() const { return *optimizer_; }
+  O* operator->() const { return optimizer_.get(); }
+
+ private:
+  void before_step() {
+    for (const auto& state : states_) Engine::before_step(*state);
+  }
+
+  std::shared_ptr<O> optimizer_;
+  std::vector<std::shared_ptr<ModuleState>> states_;
+};
+
+}  // namespace fabric

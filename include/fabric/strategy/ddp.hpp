@@ -1,0 +1,247 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <algorithm>
+#include <chrono>
+#include <concepts>
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <tuple>
+#include <unordered_map>
+#include <utility>
+#include <vector>
+
+#include <torch/torch.h>
+
+#include "fabric/comm/world.hpp"
+#include "fabric/connector/selection.hpp"
+#include "fabric/error.hpp"
+#include "fabric/launch/processes.hpp"
+#include "fabric/libtorch.hpp"
+#include "fabric/strategy/ddp_hooks.hpp"
+#include "fabric/strategy/engine.hpp"
+#include "fabric/tree.hpp"
+
+namespace fabric {
+
+/// What may be tuned of `Ddp`.
+struct DdpOptions {
+  bool static_graph = false;              ///< Every step uses the same parameters: found out once, in the first.
+  bool gradient_as_bucket_view = true;    ///< Gradients lie in the buckets themselves, which saves a copy of each.
+  bool broadcast_buffers = true;          ///< Buffers (BatchNorm's statistics) are rank 0's before each training forward.
+  double bucket_cap_mb = 25;              ///< Size of the gradient buckets. The first one is 1 MB, to start early.
+  GradientCompression compression = GradientCompression::none;
+  std::chrono::milliseconds timeout{std::chrono::minutes(30)};  ///< Of each collective.
+};
+
+/// What `Ddp` keeps for a module: c10d's Reducer, which averages gradients bucket by bucket while backward still runs.
+class DdpModule {
+ public:
+  /// Makes parameters and buffers those of rank 0 on all ranks and hooks into backward. Throws `c10::Error` when the
+  /// ranks' modules do not have the same parameters.
+  void setup(torch::nn::Module& module, const World& world, const DdpOptions& options, bool find_unused_parameters) {
+    group_ = world.group;
+    options_ = options;
+    find_unused_parameters_ = find_unused_parameters;
+    std::unordered_map<size_t, std::string> names;
+    std::vector<at::Tensor> replicated;
+    for (const auto& item : module.named_parameters()) {
+      replicated.push_back(item.value().detach());
+      if (!item.value().requires_grad()) continue;
+      names.emplace(parameters_.size(), item.key());
+      parameters_.push_back(item.value());
+    }
+    buffers_ = module.buffers();
+    for (const at::Tensor& buffer : buffers_) replicated.push_back(buffer.detach());
+    if (!parameters_.empty()) c10d::verify_params_across_processes(group_, parameters_, std::nullopt);
+    broadcast(replicated);
+    if (parameters_.empty()) return;  // nothing to train, nothing to reduce
+
+    constexpr double mb = 1024.0 * 1024.0;
+    const auto capacity = static_cast<int64_t>(options.bucket_cap_mb * mb);
+    const auto first_capacity = std::min(capacity, static_cast<int64_t>(mb));
+    auto [buckets, limits] = c10d::compute_bucket_assignment_by_size(
+        parameters_, {static_cast<size_t>(first_capacity), static_cast<size_t>(capacity)});
+    reducer_ = libtorch::make_reducer({.parameters = parameters_,
+                                       .buckets = {buckets.rbegin(), buckets.rend()},  // backward begins at the end
+                                       .group = group_,
+                                       .bucket_bytes = capacity,
+                                       .first_bucket_bytes = first_capacity,
+                                       .find_unused_parameters = find_unused_parameters,
+                                       .gradient_as_bucket_view = options.gradient_as_bucket_view,
+                                       .names = std::move(names)});
+    if (options.static_graph) reducer_->set_static_graph();
+    if (options.compression != GradientCompression::none) {
+      reducer_->register_comm_hook(std::make_unique<CompressionHook>(group_, options.compression));
+    }
+  }
+
+  /// Runs the module by `run()` with the reducer prepared for its backward.
+  template <class Run>
+  auto forward(Run&& run) {
+    if (!reducer_ || !at::GradMode::is_enabled()) return std::forward<Run>(run)();
+    if (sync_gradients) naming_unused([&] { reducer_->prepare_for_forward(); });
+    reducer_->rebuild_buckets();
+    if (sync_gradients && options_.broadcast_buffers && !buffers_.empty()) broadcast(buffers_);
+    auto output = std::forward<Run>(run)();
+    if (sync_gradients) {
+      std::vector<at::Tensor> outputs;
+      if ((find_unused_parameters_ && !options_.static_graph) || delays_first_all_reduce()) {
+        tree::for_each(output, [&](const at::Tensor& tensor) { outputs.push_back(tensor); });
+      }
+      if (delays_first_all_reduce()) delay_first_all_reduce(outputs);
+      if (!find_unused_parameters_ || options_.static_graph) outputs.clear();
+      reducer_->prepare_for_backward(outputs);
+      went_through_forward_ = true;
+    }
+    return output;
+  }
+
+  /// Makes the gradients, which are views of buckets, look like tensors of their own, since `torch::optim`'s zero_grad
+  /// detaches each in place and that is refused for views. They share the bucket's memory still, which is what the
+  /// reducer looks at.
+  void after_backward() {
+    if (!options_.gradient_as_bucket_view) return;
+    for (const at::Tensor& parameter : parameters_) {
+      at::Tensor& gradient = parameter.mutable_grad();
+      if (gradient.defined() && gradient.is_view()) gradient = gradient.variable_data();
+    }
+  }
+
+  /// Throws when gradients were not averaged: a parameter took no part in the loss, or the module was called past its
+  /// wrapper.
+  void before_step() {
+    if (!reducer_) return;
+    naming_unused([&] { reducer_->check_finalized(); });
+    if (went_through_forward_) return;
+    for (const at::Tensor& parameter : parameters_) {
+      if (!parameter.grad().defined()) continue;
+      throw Error(
+          "fabric: Ddp: the gradients were not averaged over the ranks, since no forward of this module went through what "
+          "`setup` returned (outside no_backward_sync) since the last zero_grad. Call the wrapped module, and other methods "
+          "by `mark_forward_method`");
+    }
+  }
+  void after_zero_grad() { went_through_forward_ = false; }
+
+  bool sync_gradients = true;
+
+ private:
+  void broadcast(const std::vector<at::Tensor>& tensors) {
+    constexpr size_t bytes_at_once = 250UL * 1024 * 1024;
+    if (!tensors.empty()) c10d::broadcast_coalesced(group_, tensors, bytes_at_once);
+  }
+
+  /// With a static graph the first backward finds out how often each parameter is used; reducing waits until it is over.
+  [[nodiscard]] bool delays_first_all_reduce() const { return options_.static_graph && !first_backward_seen_; }
+  void delay_first_all_reduce(const std::vector<at::Tensor>& outputs) {
+    for (const at::Tensor& output : outputs) {
+      if (!output.requires_grad()) continue;
+      output.register_hook([this](const at::Tensor& /*gradient*/) {
+        if (std::exchange(first_backward_seen_, true)) return;
+        torch::autograd::Engine::get_default_engine().queue_callback([reducer = reducer_] { reducer->delay_all_reduce(); });
+      });
+    }
+  }
+
+  /// Runs `check`, which fails when the last backward missed parameters, with an error that names them.
+  template <class Check>
+  void naming_unused(Check&& check) {
+    try {
+      check();
+    } catch (const c10::Error&) {
+      // The reducer says which ones only at a higher debug level, and only checks: asking again changes nothing.
+      const auto level = c10d::debug_level();
+      c10d::setDebugLevel(c10d::DebugLevel::Info);
+      std::string reason;
+      try {
+        check();
+      } catch (const c10::Error& error) {
+        reason = error.what_without_backtrace();
+      }
+      c10d::setDebugLevel(level);
+      const std::string marker = "did not receive grad for rank ";
+      const auto at = reason.find(marker);
+      if (at == std::string::npos) throw;
+      const auto names = reason.find(": ", at);
+      throw Error("fabric: Ddp: these parameters took no part in the loss, so that their gradients cannot be averaged: " +
+                  (names == std::string::npos ? reason
+                                              : reason.substr(names + 2, reason.find('\n', names) - names - 2)) +
+                  ". Use DdpFindUnusedParameters (ddp_find_unused_parameters_true), or leave them out by "
+                  "requires_grad_(false)");
+    }
+  }
+
+  c10::intrusive_ptr<c10d::ProcessGroup> group_;
+  DdpOptions options_;
+  bool find_unused_parameters_ = false;
+  bool first_backward_seen_ = false;
+  bool went_through_forward_ = false;
+  std::vector<at::Tensor> parameters_;
+  std::vector<at::Tensor> buffers_;
+  std::shared_ptr<c10d::Reducer> reducer_;
+};
+
+namespace detail {
+
+/// `Ddp` for tensors on `A`; `find_unused_parameters` comes from the policy.
+template <class A, bool find_unused_parameters>
+class DdpEngine {
+ public:
+  using Options = DdpOptions;
+  using ModuleState = DdpModule;
+
+  /// While alive, gradients stay local.
+  class SyncGuard {
+   public:
+    SyncGuard(DdpModule& module, bool enabled) : module_(module), before_(module.sync_gradients) {
+      if (enabled) module_.sync_gradients = false;
+    }
+    ~SyncGuard() { module_.sync_gradients = before_; }
+    SyncGuard(const SyncGuard&) = delete;
+    SyncGuard& operator=(const SyncGuard&) = delete;
+
+   private:
+    DdpModule& module_;
+    bool before_;
+  };
+
+  explicit DdpEngine(const Options& options) : options_(options) {}
+
+  World launch(const Selection& selection, at::Device device) { return join_world(selection, device, options_.timeout); }
+  void setup(ModuleState& state, torch::nn::Module& module, const World& world) {
+    state.setup(module, world, options_, find_unused_parameters);
+  }
+  template <class Run>
+  static auto forward(ModuleState& state, Run&& run) {
+    return state.forward(std::forward<Run>(run));
+  }
+  static void after_backward(ModuleState& state) { state.after_backward(); }
+  static void before_step(ModuleState& state) { state.before_step(); }
+  static void after_zero_grad(ModuleState& state) { state.after_zero_grad(); }
+  static SyncGuard no_backward_sync(ModuleState& state, bool enabled) { return {state, enabled}; }
+
+ private:
+  Options options_;
+};
+
+/// Gloo serves Cpu always; Cuda needs a program built with NCCL.
+template <class A>
+inline constexpr bool has_collectives = std::same_as<A, Cpu> || (std::same_as<A, Cuda> && built_with_nccl);
+
+}  // namespace detail
+
+template <class A>
+  requires detail::has_collectives<A>
+class Engine<A, Ddp> : public detail::DdpEngine<A, false> {
+  using detail::DdpEngine<A, false>::DdpEngine;
+};
+
+template <class A>
+  requires detail::has_collectives<A>
+class Engine<A, DdpFindUnusedParameters> : public detail::DdpEngine<A, true> {
+  using detail::DdpEngine<A, true>::DdpEngine;
+};
+
+}  // namespace fabric

@@ -1,0 +1,29 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include "fabric/policy/accelerator.hpp"
+#include "fabric/policy/strategy.hpp"
+
+namespace fabric {
+
+/// What a strategy policy does with LibTorch on an accelerator. To add a strategy, write its policy and specialise this
+/// template. A specialisation has
+/// - `Options`, default-constructible: what may be tuned at run time;
+/// - `ModuleState`: what it keeps for each module that is set up;
+/// - `Engine(Options)`;
+/// - `World launch(const Selection&, at::Device)`: starts or joins the other processes;
+/// - `void setup(ModuleState&, torch::nn::Module&, const World&)`: makes the replicas equal and hooks into backward;
+/// - `forward(ModuleState&, run)`: calls `run()`, which runs the module, and returns its result;
+/// - `void after_backward(ModuleState&)`;
+/// - `void before_step(ModuleState&)`: throws when the gradients are not what the optimizer may use;
+/// - `void after_zero_grad(ModuleState&)`;
+/// - `SyncGuard no_backward_sync(ModuleState&, bool enabled)`: while alive, backward keeps gradients local.
+/// `SingleDevice`'s is the smallest example.
+template <class A, class S>
+class Engine;
+
+/// Is there code for this strategy on this accelerator?
+template <class A, class S>
+concept HasEngine = requires { sizeof(Engine<A, S>); };
+
+}  // namespace fabric

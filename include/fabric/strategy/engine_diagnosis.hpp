@@ -1,0 +1,66 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include "fabric/policy/diagnose.hpp"
+#include "fabric/precision/precision_plugin.hpp"
+#include "fabric/precision/true_precision.hpp"
+#include "fabric/strategy/engine.hpp"
+#include "fabric/strategy/single_device.hpp"
+
+namespace fabric {
+
+/// Never defined: naming it makes the compiler say that `Given` is legal, but the library has no engine for its strategy
+/// on its accelerator yet.
+template <class Given, class Instead>
+struct engine_not_written_yet;
+
+/// Never defined: likewise for the precision.
+template <class Given, class Instead>
+struct precision_not_written_yet;
+
+/// Never defined: the engine exists, but this program is built without NCCL. Configure with a CUDA LibTorch.
+template <class Given>
+struct built_without_nccl;
+
+namespace detail {
+
+/// Processes on GPUs talk by NCCL.
+template <class A, class S>
+inline constexpr bool needs_nccl = A::facts.device == DeviceType::cuda && S::facts.family == StrategyFamily::ddp &&
+                                   S::facts.start_method == StartMethod::popen;
+
+/// The code behind policies; a stand-in for policies that are refused, so that the message is not buried under errors
+/// that follow from it.
+template <class A, class S, class P>
+struct CodeFor {
+  using Engine = fabric::Engine<Cpu, SingleDevice>;
+  using Plugin = PrecisionPlugin<F32>;
+};
+template <class A, class S, class P>
+  requires HasEngine<A, S> && HasPrecisionPlugin<P>
+struct CodeFor<A, S, P> {
+  using Engine = fabric::Engine<A, S>;
+  using Plugin = PrecisionPlugin<P>;
+};
+
+}  // namespace detail
+
+/// True if there is code for these policies; else the compiler stops at a type that says what is missing.
+template <class A, class S, class P, class E>
+constexpr bool diagnose_engine() {
+  if constexpr (first_refusal(combination_v<A, S, P, E>) != RuleId::none) {
+    return true;  // already refused by a rule
+  } else if constexpr (!HasEngine<A, S>) {
+    if constexpr (detail::needs_nccl<A, S>) {
+      return sizeof(built_without_nccl<Fabric<A, S, P, E>>) != 0;
+    } else {
+      return sizeof(engine_not_written_yet<Fabric<A, S, P, E>, use_instead<Fabric<Cpu, Ddp, F32, E>>>) != 0;
+    }
+  } else if constexpr (!HasPrecisionPlugin<P>) {
+    return sizeof(precision_not_written_yet<Fabric<A, S, P, E>, use_instead<Fabric<A, S, BF16Mixed, E>>>) != 0;
+  } else {
+    return true;
+  }
+}
+
+}  // namespace fabric
