@@ -100,7 +100,7 @@ constexpr bool starts_with(std::string_view text, std::string_view start) {
     int index = -1;
     if (by_uuid) {
       if (detail::starts_with(entry, "GPU-") && uuids != nullptr) index = detail::gpu_of_uuid(entry, uuids, gpus);
-    } else if (detail::starts_with(entry, "MIG-")) {
+    } else if (detail::starts_with(entry, "MIG-") && visible.count == 0) {
       // MIG-GPU-<uuid>/<instance>/<instance> names its GPU, MIG-<uuid> does not.
       const std::string_view gpu = entry.substr(4, detail::find(entry, '/') - 4);
       visible.mig = gpus > 0;
