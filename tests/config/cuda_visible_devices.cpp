@@ -44,7 +44,7 @@ TEST_CASE("numbers are read like strtoul, UUIDs by a unique beginning", "[issue-
   CHECK(visible("1gpu, 2")->count == 2);
   CHECK(visible("+3")->indices[0] == 3);
   CHECK(visible("99999999999999999999")->count == 0);
-  CHECK(visible("GPU-")->count == 0);   // eight GPUs begin so
+  CHECK(visible("GPU-")->count == 0);          // eight GPUs begin so
   CHECK(visible("GPU-1b,GPU-1")->count == 0);  // the same GPU twice
   CHECK(visible("0,,1")->count == 1);
 }

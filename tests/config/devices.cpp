@@ -48,7 +48,8 @@ TEST_CASE("a devices flag has every form and keeps them apart", "[issue-4.6][dev
   CHECK(DevicesFlag({0, 1}).form == Form::list);
   CHECK(DevicesFlag("auto").automatic());
   CHECK_FALSE(DevicesFlag("AUTO").automatic());
-  for (const DevicesFlag& none : {DevicesFlag(0), DevicesFlag("0"), DevicesFlag(false), DevicesFlag::list(nullptr, 0)}) {
+  for (const DevicesFlag& none :
+       {DevicesFlag(0), DevicesFlag("0"), DevicesFlag(false), DevicesFlag::list(nullptr, 0)}) {
     CHECK(is_zero_like(none));
   }
   CHECK_FALSE(is_zero_like(" 0"));

@@ -26,14 +26,21 @@ class Set {
 };
 
 const Host plain{};
-const Set torchrun{{"TORCHELASTIC_RUN_ID", "1"}, {"WORLD_SIZE", "4"}, {"RANK", "3"}, {"LOCAL_RANK", "1"},
-                   {"GROUP_RANK", "1"}, {"LOCAL_WORLD_SIZE", "2"}, {"MASTER_ADDR", "10.0.0.1"}, {"MASTER_PORT", "29501"}};
-const Set slurm{{"SLURM_NTASKS", "4"}, {"SLURM_PROCID", "3"}, {"SLURM_LOCALID", "1"}, {"SLURM_NODEID", "1"},
-                {"SLURM_NTASKS_PER_NODE", "2"}, {"SLURM_NNODES", "2"}, {"SLURM_JOB_ID", "1234567"},
-                {"SLURM_JOB_NAME", "train"}, {"SLURM_JOB_NODELIST", "rack[1-2]n[07-09],login"}};
-const Set lsf{{"LSB_JOBID", "1234"}, {"LSB_DJOB_RANKFILE", "/ranks"}, {"JSM_NAMESPACE_LOCAL_RANK", "1"},
-              {"JSM_NAMESPACE_SIZE", "4"}, {"JSM_NAMESPACE_RANK", "3"}};
-const Set open_mpi{{"OMPI_COMM_WORLD_RANK", "3"}, {"OMPI_COMM_WORLD_SIZE", "4"}, {"OMPI_COMM_WORLD_LOCAL_RANK", "1"},
+const Set torchrun{{"TORCHELASTIC_RUN_ID", "1"}, {"WORLD_SIZE", "4"},     {"RANK", "3"},
+                   {"LOCAL_RANK", "1"},          {"GROUP_RANK", "1"},     {"LOCAL_WORLD_SIZE", "2"},
+                   {"MASTER_ADDR", "10.0.0.1"},  {"MASTER_PORT", "29501"}};
+const Set slurm{
+    {"SLURM_NTASKS", "4"},       {"SLURM_PROCID", "3"},          {"SLURM_LOCALID", "1"},
+    {"SLURM_NODEID", "1"},       {"SLURM_NTASKS_PER_NODE", "2"}, {"SLURM_NNODES", "2"},
+    {"SLURM_JOB_ID", "1234567"}, {"SLURM_JOB_NAME", "train"},    {"SLURM_JOB_NODELIST", "rack[1-2]n[07-09],login"}};
+const Set lsf{{"LSB_JOBID", "1234"},
+              {"LSB_DJOB_RANKFILE", "/ranks"},
+              {"JSM_NAMESPACE_LOCAL_RANK", "1"},
+              {"JSM_NAMESPACE_SIZE", "4"},
+              {"JSM_NAMESPACE_RANK", "3"}};
+const Set open_mpi{{"OMPI_COMM_WORLD_RANK", "3"},
+                   {"OMPI_COMM_WORLD_SIZE", "4"},
+                   {"OMPI_COMM_WORLD_LOCAL_RANK", "1"},
                    {"OMPI_COMM_WORLD_LOCAL_SIZE", "2"}};
 const Set hydra{{"PMI_RANK", "3"}, {"PMI_SIZE", "4"}, {"MPI_LOCALRANKID", "1"}, {"MPI_LOCALNRANKS", "2"}};
 const Set intel{{"PMI_RANK", "3"}, {"PMI_SIZE", "4"}, {"I_MPI_LOCAL_RANK", "1"}, {"I_MPI_LOCAL_SIZE", "2"}};
@@ -56,8 +63,8 @@ void check_ranks(const Environment& environment, int world, int global, int loca
 
 // Detection and values are constant expressions.
 static_assert(detect_environment({{"TORCHELASTIC_RUN_ID", "1"}}, Host{}) == EnvironmentKind::torchelastic);
-static_assert(*construct_environment(EnvironmentKind::slurm, {{"SLURM_NODELIST", "a[1-2]b[3-4]"}}, Host{})->main_address() ==
-              "a1b3");
+static_assert(*construct_environment(EnvironmentKind::slurm, {{"SLURM_NODELIST", "a[1-2]b[3-4]"}}, Host{})
+                   ->main_address() == "a1b3");
 static_assert(parse_environment_choice("-slurm,-mpi")->is_off(EnvironmentKind::mpi));
 
 TEST_CASE("the launchers are told by their variables, in a fixed order", "[issue-4.5][environment]") {
@@ -71,7 +78,8 @@ TEST_CASE("the launchers are told by their variables, in a fixed order", "[issue
 }
 
 TEST_CASE("a stray variable is no launcher", "[issue-4.5][environment]") {
-  for (const char* name : {"RANK", "NODE_RANK", "WORLD_SIZE", "GROUP_RANK", "SLURM_JOB_ID", "LSB_JOBID", "MASTER_ADDR"}) {
+  for (const char* name :
+       {"RANK", "NODE_RANK", "WORLD_SIZE", "GROUP_RANK", "SLURM_JOB_ID", "LSB_JOBID", "MASTER_ADDR"}) {
     const Variable stray{name, "1"};
     const Variables variables(&stray, 1);
     INFO(name);
@@ -79,7 +87,8 @@ TEST_CASE("a stray variable is no launcher", "[issue-4.5][environment]") {
     CHECK_FALSE(Environment(EnvironmentKind::local, variables, plain).creates_processes_externally());
   }
   // A single rank under mpirun is not a job.
-  CHECK(detect_environment({{"OMPI_COMM_WORLD_SIZE", "1"}, {"OMPI_COMM_WORLD_RANK", "0"}}, plain) == EnvironmentKind::local);
+  CHECK(detect_environment({{"OMPI_COMM_WORLD_SIZE", "1"}, {"OMPI_COMM_WORLD_RANK", "0"}}, plain) ==
+        EnvironmentKind::local);
 }
 
 TEST_CASE("an environment can be forced or turned off", "[issue-4.5][environment]") {
@@ -130,9 +139,7 @@ TEST_CASE("Slurm: the first host of the list, a port from the job's number", "[i
 
 TEST_CASE("LSF: hosts of the rank file or of LSB_MCPU_HOSTS", "[issue-4.5][environment]") {
   const HostFile ranks{"/ranks", "batch\n\nh0\nh0\n h1 \nh1\nh0\nh2\n"};
-  const auto on = [&](std::string_view name) {
-    return Host{.hostname = name, .files = &ranks, .file_count = 1};
-  };
+  const auto on = [&](std::string_view name) { return Host{.hostname = name, .files = &ranks, .file_count = 1}; };
   const Host h1 = on("h1");
   check_ranks(made(lsf, h1), 4, 3, 1, 1);
   CHECK(*made(lsf, h1).main_address() == "h0");
@@ -142,8 +149,11 @@ TEST_CASE("LSF: hosts of the rank file or of LSB_MCPU_HOSTS", "[issue-4.5][envir
   const Host other = on("h9");
   CHECK(construct_environment(EnvironmentKind::lsf, lsf, other).problem.code == Code::lsf_host_not_in_rankfile);
 
-  const Set short_form{{"LSB_JOBID", "7"}, {"LSB_MCPU_HOSTS", "batch 1 h0 4 h1 4 "}, {"JSM_NAMESPACE_LOCAL_RANK", "1"},
-                       {"JSM_NAMESPACE_SIZE", "8"}, {"JSM_NAMESPACE_RANK", "5"}};
+  const Set short_form{{"LSB_JOBID", "7"},
+                       {"LSB_MCPU_HOSTS", "batch 1 h0 4 h1 4 "},
+                       {"JSM_NAMESPACE_LOCAL_RANK", "1"},
+                       {"JSM_NAMESPACE_SIZE", "8"},
+                       {"JSM_NAMESPACE_RANK", "5"}};
   CHECK(detect_environment(short_form, h1) == EnvironmentKind::lsf);
   CHECK(*made(short_form, h1).main_address() == "h0");
   CHECK(*made(short_form, h1).node_rank() == 1);
@@ -170,7 +180,8 @@ TEST_CASE("MPI needs no library: Open MPI, MPICH, Intel MPI, PMIx", "[issue-4.5]
   CHECK(*made(open_mpi.with({"SLURM_JOB_NODELIST", "n[3-4]"})).main_address() == "n3");
   CHECK(*made(open_mpi.with({"LSB_MCPU_HOSTS", "batch 1 h5 4"})).main_address() == "h5");
   // Ranks dealt out node by node.
-  CHECK(*made(Set{{"PMI_RANK", "2"}, {"PMI_SIZE", "4"}, {"MPI_LOCALRANKID", "1"}, {"MPI_LOCALNRANKS", "2"}}).node_rank() == 0);
+  CHECK(*made(Set{{"PMI_RANK", "2"}, {"PMI_SIZE", "4"}, {"MPI_LOCALRANKID", "1"}, {"MPI_LOCALNRANKS", "2"}})
+             .node_rank() == 0);
   CHECK(construct_environment(EnvironmentKind::mpi, {}, plain).problem.code == Code::missing_mpi4py);
 }
 
@@ -196,9 +207,9 @@ TEST_CASE("a user's MASTER_ADDR and MASTER_PORT win everywhere", "[issue-4.5][en
   const Host host{.hostname = "h0", .files = &ranks, .file_count = 1};
   for (const EnvironmentKind kind : {EnvironmentKind::torchelastic, EnvironmentKind::slurm, EnvironmentKind::lsf,
                                      EnvironmentKind::mpi, EnvironmentKind::kubeflow, EnvironmentKind::local}) {
-    const Set variables{{"SLURM_NODELIST", "n[1-2]"}, {"SLURM_JOB_ID", "1"}, {"LSB_JOBID", "1"},
+    const Set variables{{"SLURM_NODELIST", "n[1-2]"},    {"SLURM_JOB_ID", "1"},         {"LSB_JOBID", "1"},
                         {"LSB_DJOB_RANKFILE", "/ranks"}, {"OMPI_COMM_WORLD_RANK", "0"}, {"OMPI_COMM_WORLD_SIZE", "2"},
-                        {"MASTER_ADDR", "mine"}, {"MASTER_PORT", "4321"}};
+                        {"MASTER_ADDR", "mine"},         {"MASTER_PORT", "4321"}};
     const Expected<Environment> environment = construct_environment(kind, variables, host);
     INFO(flag_name(kind));
     REQUIRE(environment);
@@ -224,11 +235,13 @@ TEST_CASE("half-set variables: one problem names all that are missing", "[issue-
   CHECK(kube.detail == "missing: MASTER_ADDR, MASTER_PORT, WORLD_SIZE, RANK");
 }
 
-TEST_CASE("variables that contradict each other: one problem names them with their values", "[issue-4.5][environment]") {
+TEST_CASE("variables that contradict each other: one problem names them with their values",
+          "[issue-4.5][environment]") {
   const Problem rank = made(Set{{"TORCHELASTIC_RUN_ID", "1"}, {"WORLD_SIZE", "2"}, {"RANK", "5"}}).contradiction();
   CHECK(rank.code == Code::environment_half_set);
   CHECK(rank.names == "RANK=5\nWORLD_SIZE=2");
-  CHECK(made(slurm.with({"OMPI_COMM_WORLD_RANK", "0"})).contradiction().names == "OMPI_COMM_WORLD_RANK=0\nSLURM_PROCID=3");
+  CHECK(made(slurm.with({"OMPI_COMM_WORLD_RANK", "0"})).contradiction().names ==
+        "OMPI_COMM_WORLD_RANK=0\nSLURM_PROCID=3");
   CHECK(made(Set{{"PMI_RANK", "4"}, {"PMI_SIZE", "4"}}).contradiction().code == Code::environment_half_set);
   for (const Set& good : {torchrun, slurm, open_mpi, hydra, intel, pmix}) {
     CHECK(made(good).contradiction().code == Code::none);

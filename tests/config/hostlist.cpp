@@ -56,14 +56,15 @@ class RandomLists {
     return names[below(9)];
   }
   std::string item() {
-    constexpr const char* odd[]{"a[b]", "n[]", "n[1:2]", "n[,1]", "n[1,]", "n[1-2]]", "a[[1]]", "n[-1]", "n[1--2]", "n[1]x"};
+    constexpr const char* odd[]{"a[b]",    "n[]",    "n[1:2]", "n[,1]",   "n[1,]",
+                                "n[1-2]]", "a[[1]]", "n[-1]",  "n[1--2]", "n[1]x"};
     switch (below(10)) {
-    case 0: return "login" + number();
-    case 1: return below(3) == 0 ? odd[below(10)] : "c" + bracket();
-    case 2:
-    case 3: return name() + bracket() + name() + bracket();
-    case 4: return name() + bracket() + name() + bracket() + name() + bracket();
-    default: return name() + bracket();
+      case 0: return "login" + number();
+      case 1: return below(3) == 0 ? odd[below(10)] : "c" + bracket();
+      case 2:
+      case 3: return name() + bracket() + name() + bracket();
+      case 4: return name() + bracket() + name() + bracket() + name() + bracket();
+      default: return name() + bracket();
     }
   }
 
@@ -90,8 +91,7 @@ TEST_CASE("host lists expand as Slurm expands them", "[issue-4.5][hostlist]") {
 }
 
 TEST_CASE("several brackets run in Slurm's order: the last, then the first", "[issue-4.5][hostlist]") {
-  CHECK(expanded("a[1-2]b[1-2]c[1-2]") ==
-        "a1b1c1 a1b1c2 a2b1c1 a2b1c2 a1b2c1 a1b2c2 a2b2c1 a2b2c2");
+  CHECK(expanded("a[1-2]b[1-2]c[1-2]") == "a1b1c1 a1b1c2 a2b1c1 a2b1c2 a1b2c1 a1b2c2 a2b2c1 a2b2c2");
 }
 
 TEST_CASE("a host list that is none says where", "[issue-4.5][hostlist]") {

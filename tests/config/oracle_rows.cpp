@@ -46,10 +46,8 @@ std::map<std::string, int> compare(const std::string& file, Answer answer, Diffe
 
 TEST_CASE("every devices row resolves as in Lightning Fabric", "[issue-4.6][issue-4.8]") {
   // The counts are those of docs/differences.md: a kind that no row shows any more fails here.
-  const std::map<std::string, int> listed{{"devices_of_python_type", 182},
-                                          {"device_index_wraps", 4},
-                                          {"empty_tuple", 11},
-                                          {"negative_index_unchecked", 1}};
+  const std::map<std::string, int> listed{
+      {"devices_of_python_type", 182}, {"device_index_wraps", 4}, {"empty_tuple", 11}, {"negative_index_unchecked", 1}};
   CHECK(compare("devices.jsonl.gz", devices_answer, devices_difference) == listed);
 }
 

@@ -64,7 +64,8 @@ inline std::string_view devices_difference(const Json& row) {
   if (empty_tuple(value) && row["accelerator"] != "cpu" && row["accelerator"] != "tpu") return "empty_tuple";
   if (!one_gpu_under_torchrun(row, row["accelerator"])) return {};
   const std::optional<fabric::DevicesFlag> flag = devices_flag(value);
-  const fabric::Expected<fabric::detail::AskedDevices> asked = fabric::detail::asked_gpus(*flag, fabric::DeviceType::cuda);
+  const fabric::Expected<fabric::detail::AskedDevices> asked =
+      fabric::detail::asked_gpus(*flag, fabric::DeviceType::cuda);
   if (!asked) return {};
   for (int i = 0; i < asked->indices.count && asked->indices.count > 1; ++i) {
     if (asked->indices[i] < 0) return "negative_index_unchecked";
@@ -86,9 +87,9 @@ inline Json devices_answer(const Json& row) {
   const RowHost at(row);
   const std::string accelerator = row["accelerator"];
   const fabric::DeviceType type = accelerator == "cuda"  ? fabric::DeviceType::cuda
-                          : accelerator == "mps" ? fabric::DeviceType::mps
-                          : accelerator == "tpu" ? fabric::DeviceType::xla
-                                                 : fabric::DeviceType::cpu;
+                                  : accelerator == "mps" ? fabric::DeviceType::mps
+                                  : accelerator == "tpu" ? fabric::DeviceType::xla
+                                                         : fabric::DeviceType::cpu;
   if (row.contains("query")) {
     const int count = fabric::auto_device_count(type, at.host());
     return {{"ok", true}, {"parsed", count}, {"available", count > 0}};
@@ -99,19 +100,21 @@ inline Json devices_answer(const Json& row) {
   if (!parsed) {
     const fabric::Problem& problem = parsed.problem;
     // "No GPUs" is a value there, which fails when it is used.
-    const bool mps_none = type == fabric::DeviceType::mps && problem.code == fabric::Code::device_ids_type && problem.names == "None" &&
-                          flag->form != fabric::DevicesFlag::Form::null;
+    const bool mps_none = type == fabric::DeviceType::mps && problem.code == fabric::Code::device_ids_type &&
+                          problem.names == "None" && flag->form != fabric::DevicesFlag::Form::null;
     if (mps_none || problem.code == fabric::Code::gpu_devices_resolved_to_none) {
       Json error{{"error", std::string(fabric::name_of(problem.code))}};
       if (mps_none) error["names"] = names_of(problem.names);
       return {{"ok", true}, {"parsed", nullptr}, {"type", "NoneType"}, {"parallel", error}};
     }
     Json names = names_of(problem.names);
-    const bool named = problem.code == fabric::Code::gpu_not_on_machine || problem.code == fabric::Code::devices_text_not_int ||
-                       problem.code == fabric::Code::tpu_devices_invalid || problem.code == fabric::Code::tpu_devices_text_invalid ||
-                       problem.code == fabric::Code::device_ids_type || problem.code == fabric::Code::cpu_devices_odd_digit;
+    const bool named =
+        problem.code == fabric::Code::gpu_not_on_machine || problem.code == fabric::Code::devices_text_not_int ||
+        problem.code == fabric::Code::tpu_devices_invalid || problem.code == fabric::Code::tpu_devices_text_invalid ||
+        problem.code == fabric::Code::device_ids_type || problem.code == fabric::Code::cpu_devices_odd_digit;
     if (problem.code == fabric::Code::tpu_devices_invalid && row["devices"].is_object()) names[1] = as_tuple(names[1]);
-    return {{"ok", false}, {"code", std::string(fabric::name_of(problem.code))}, {"names", named ? names : Json::array()}};
+    return {
+        {"ok", false}, {"code", std::string(fabric::name_of(problem.code))}, {"names", named ? names : Json::array()}};
   }
 
   const fabric::DeviceList& list = *parsed;
@@ -131,7 +134,8 @@ inline Json devices_answer(const Json& row) {
   for (int i = 0; i < list.count; ++i) {
     if (type == fabric::DeviceType::cpu) parallel.push_back("cpu");
     if (type == fabric::DeviceType::cuda) parallel.push_back("cuda:" + std::to_string(list[i]));
-    if (type == fabric::DeviceType::mps) parallel.push_back("mps:" + std::to_string(i));  // there is one: indices do not count
+    if (type == fabric::DeviceType::mps)
+      parallel.push_back("mps:" + std::to_string(i));  // there is one: indices do not count
     if (type == fabric::DeviceType::xla) parallel.push_back("xla:" + std::to_string(list[i]));
   }
   if (type == fabric::DeviceType::cpu && list.count > 16) parallel = {{"repeat", "cpu"}, {"n", list.count}};

@@ -15,9 +15,12 @@ namespace oracle {
 
 inline fabric::EnvironmentKind environment_kind(std::string_view name) {
   static const std::map<std::string_view, fabric::EnvironmentKind> kinds{
-      {"TorchElasticEnvironment", fabric::EnvironmentKind::torchelastic}, {"SLURMEnvironment", fabric::EnvironmentKind::slurm},
-      {"LSFEnvironment", fabric::EnvironmentKind::lsf},                   {"MPIEnvironment", fabric::EnvironmentKind::mpi},
-      {"KubeflowEnvironment", fabric::EnvironmentKind::kubeflow},         {"XLAEnvironment", fabric::EnvironmentKind::xla},
+      {"TorchElasticEnvironment", fabric::EnvironmentKind::torchelastic},
+      {"SLURMEnvironment", fabric::EnvironmentKind::slurm},
+      {"LSFEnvironment", fabric::EnvironmentKind::lsf},
+      {"MPIEnvironment", fabric::EnvironmentKind::mpi},
+      {"KubeflowEnvironment", fabric::EnvironmentKind::kubeflow},
+      {"XLAEnvironment", fabric::EnvironmentKind::xla},
       {"LightningEnvironment", fabric::EnvironmentKind::local}};
   return kinds.at(name);
 }
@@ -53,7 +56,8 @@ inline std::string first_host(const std::string& list) {
 /// list is none.
 inline bool slurm_nodelist_misread(const std::string& list) {
   const bool unbalanced = std::count(list.begin(), list.end(), '[') != std::count(list.begin(), list.end(), ']');
-  return list.empty() || unbalanced || list.find("[]") != std::string::npos || reference_first_host(list) != first_host(list);
+  return list.empty() || unbalanced || list.find("[]") != std::string::npos ||
+         reference_first_host(list) != first_host(list);
 }
 
 /// Whether Slurm's environment is made at all: several tasks need to know how many run on a node.
@@ -99,8 +103,10 @@ inline std::string_view environment_difference(const Json& row) {
 template <class T>
 Json value_of(const fabric::Expected<T>& read) {
   if (read) {
-    if constexpr (std::is_same_v<T, int>) return *read;
-    else return std::string(read->view());
+    if constexpr (std::is_same_v<T, int>)
+      return *read;
+    else
+      return std::string(read->view());
   }
   Json error{{"error", std::string(fabric::name_of(read.problem.code))}};
   if (!read.problem.names.empty()) error["names"] = names_of(read.problem.names);
@@ -124,7 +130,7 @@ inline Json environment_answer(const Json& row) {
 
   Json outcome;
   outcome["detect"] = kind == fabric::EnvironmentKind::kubeflow ? Json{{"error", "kubeflow_not_detectable"}}
-                                                        : Json(fabric::detects(kind, variables, host));
+                                                                : Json(fabric::detects(kind, variables, host));
   const unsigned warnings = fabric::Environment(kind, variables, host).warnings();
   if (warnings & 4U) outcome["detect_warnings"] = warning_names(4);
   if (warnings != 0) outcome["warnings"] = warning_names(warnings);
@@ -153,7 +159,8 @@ inline Json environment_answer(const Json& row) {
   for (const auto& [key, devices, nodes] :
        {std::tuple{"1x1", 1, 1}, {"2x1", 2, 1}, {"2x2", 2, 2}, {"4x1", 4, 1}, {"4x2", 4, 2}}) {
     const fabric::Problem problem = environment.validate_settings(devices, nodes);
-    outcome["validate"][key] = problem.code == fabric::Code::none ? Json("ok") : value_of(fabric::Expected<int>(problem));
+    outcome["validate"][key] =
+        problem.code == fabric::Code::none ? Json("ok") : value_of(fabric::Expected<int>(problem));
   }
   environment.set_world_size(5);
   environment.set_global_rank(3);

@@ -80,8 +80,8 @@ constexpr bool starts_with(std::string_view text, std::string_view start) {
   return problem;
 }
 
-/// Which of `gpus` GPUs CUDA_VISIBLE_DEVICES leaves. Not set: all. Else the entries' order is kept, counting stops at the
-/// first invalid one, a repeated one means that none is visible, and UUIDs may be shortened while they are unique
+/// Which of `gpus` GPUs CUDA_VISIBLE_DEVICES leaves. Not set: all. Else the entries' order is kept, counting stops at
+/// the first invalid one, a repeated one means that none is visible, and UUIDs may be shortened while they are unique
 /// (CUDA C++ Programming Guide; torch.cuda for repeats). `uuids` has one entry for each GPU, or is null.
 [[nodiscard]] constexpr Expected<VisibleGpus> visible_gpus(const Variables& variables, int gpus,
                                                            const std::string_view* uuids = nullptr) {

@@ -147,9 +147,7 @@ constexpr Text<112> shown(const DevicesFlag& flag) {
   switch (flag.form) {
     case DevicesFlag::Form::integer: text.append(static_cast<long long>(flag.number)); break;
     case DevicesFlag::Form::text: return quoted(flag.text);
-    case DevicesFlag::Form::list:
-      append_list(text, flag.indices.count, [&](int i) { return flag.indices[i]; });
-      break;
+    case DevicesFlag::Form::list: append_list(text, flag.indices.count, [&](int i) { return flag.indices[i]; }); break;
     case DevicesFlag::Form::boolean: text.append(flag.number != 0 ? "True" : "False"); break;
     case DevicesFlag::Form::null: text.append("None"); break;
     case DevicesFlag::Form::unset: text.append("'auto'"); break;
@@ -241,9 +239,11 @@ constexpr Expected<AskedDevices> asked_gpus(const DevicesFlag& flag, DeviceType 
   const std::string_view text = trimmed(flag.text);
   if (is_zero_like(flag) || (flag.form == Form::text && (text == "0" || text == "[]"))) {
     if (type == DeviceType::mps) return devices_problem(Code::device_ids_type, flag, "None", legal_gpus);
-    return devices_problem(Code::gpu_devices_resolved_to_none, flag, {}, "at least one GPU: a count, indices, or 'auto'");
+    return devices_problem(Code::gpu_devices_resolved_to_none, flag, {},
+                           "at least one GPU: a count, indices, or 'auto'");
   }
-  if (flag.too_many) return devices_problem(Code::too_many_devices, flag, {}, "at most 128 devices one by one; a count has no bound");
+  if (flag.too_many)
+    return devices_problem(Code::too_many_devices, flag, {}, "at most 128 devices one by one; a count has no bound");
   AskedDevices asked{.is_list = flag.form == Form::list, .number = flag.number, .indices = flag.indices};
   if (flag.form == Form::text) {
     std::string_view bad = text;
@@ -257,7 +257,8 @@ constexpr Expected<AskedDevices> asked_gpus(const DevicesFlag& flag, DeviceType 
       if (!number.valid) return devices_problem(Code::devices_text_not_int, flag, quoted(bad), legal_gpus);
       asked.number = to_int(number.value);
     }
-    if (too_many) return devices_problem(Code::too_many_devices, flag, {}, "at most 128 devices one by one; a count has no bound");
+    if (too_many)
+      return devices_problem(Code::too_many_devices, flag, {}, "at most 128 devices one by one; a count has no bound");
   }
   return asked;
 }

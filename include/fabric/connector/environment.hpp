@@ -36,12 +36,15 @@ struct EnvironmentName {
   std::string_view flag;
   EnvironmentKind kind;
 };
-inline constexpr EnvironmentName environment_names[]{
-    {"torchelastic", EnvironmentKind::torchelastic}, {"slurm", EnvironmentKind::slurm},
-    {"lsf", EnvironmentKind::lsf},                   {"mpi", EnvironmentKind::mpi},
-    {"local", EnvironmentKind::local},               {"kubeflow", EnvironmentKind::kubeflow},
-    {"xla", EnvironmentKind::xla},                   {"torchrun", EnvironmentKind::torchelastic},
-    {"lightning", EnvironmentKind::local}};
+inline constexpr EnvironmentName environment_names[]{{"torchelastic", EnvironmentKind::torchelastic},
+                                                     {"slurm", EnvironmentKind::slurm},
+                                                     {"lsf", EnvironmentKind::lsf},
+                                                     {"mpi", EnvironmentKind::mpi},
+                                                     {"local", EnvironmentKind::local},
+                                                     {"kubeflow", EnvironmentKind::kubeflow},
+                                                     {"xla", EnvironmentKind::xla},
+                                                     {"torchrun", EnvironmentKind::torchelastic},
+                                                     {"lightning", EnvironmentKind::local}};
 
 /// The order of detection. `local` is always there.
 inline constexpr EnvironmentKind detection_order[]{EnvironmentKind::torchelastic, EnvironmentKind::slurm,
@@ -93,17 +96,20 @@ constexpr auto with_reader(EnvironmentKind kind, Fn&& fn) {
         if (detail::same_ignoring_case(known.flag, name)) found = Found(known.kind);
       }
       if (!found) {
-        Problem problem = refuse("legal: auto, torchelastic, slurm, lsf, mpi, kubeflow, local, xla; '-slurm' turns one off");
+        Problem problem =
+            refuse("legal: auto, torchelastic, slurm, lsf, mpi, kubeflow, local, xla; '-slurm' turns one off");
         detail::Nearest nearest(name);
         for (const detail::EnvironmentName& known : detail::environment_names) nearest.consider(known.flag);
         problem.nearest.append(off && !nearest.best.empty() ? "-" : "").append(nearest.best);
         return problem;
       }
       if (off) {
-        if (*found == EnvironmentKind::local) return refuse("local is what is left when nothing else is: it cannot be off");
+        if (*found == EnvironmentKind::local)
+          return refuse("local is what is left when nothing else is: it cannot be off");
         choice.off = static_cast<std::uint16_t>(choice.off | 1U << static_cast<unsigned>(*found));
       } else {
-        if (choice.forced != EnvironmentKind::detected && choice.forced != *found) return refuse("only one can be forced");
+        if (choice.forced != EnvironmentKind::detected && choice.forced != *found)
+          return refuse("only one can be forced");
         choice.forced = *found;
       }
     }
@@ -201,7 +207,8 @@ class Environment {
 
   /// Compares the flags with what the launcher started.
   [[nodiscard]] constexpr Problem validate_settings(int devices, int num_nodes) const {
-    return detail::with_reader(kind_, [&](auto reader) { return reader.validate(variables_, *host_, devices, num_nodes); });
+    return detail::with_reader(kind_,
+                               [&](auto reader) { return reader.validate(variables_, *host_, devices, num_nodes); });
   }
   /// Variables that cannot all be true, such as a rank beyond the world size; one problem names them.
   [[nodiscard]] constexpr Problem contradiction() const {

@@ -88,16 +88,16 @@ struct MpiFacts {
 /// What the resolver knows of the machine. The defaults are a plain machine without accelerators;
 /// `Host::probe` in `fabric/connector/probe.hpp` asks the real one.
 struct Host {
-  int cuda_devices = 0;      ///< Visible NVIDIA GPUs, counted without creating a CUDA context.
-  bool mps = false;          ///< Has an Apple GPU.
-  int tpu_devices = 0;       ///< XLA devices.
-  bool interactive = false;  ///< Runs inside a notebook or REPL, so that the program cannot be started again.
-  bool fork = true;          ///< Can fork.
-  bool srun = false;         ///< `srun` is on PATH.
-  bool xla_engine = true;            ///< torch_xla was found.
-  bool deepspeed_engine = true;      ///< The DeepSpeed engine was built.
-  bool bitsandbytes_engine = true;   ///< The quantisation engine was built.
-  bool transformer_engine = true;    ///< The FP8 engine was built.
+  int cuda_devices = 0;             ///< Visible NVIDIA GPUs, counted without creating a CUDA context.
+  bool mps = false;                 ///< Has an Apple GPU.
+  int tpu_devices = 0;              ///< XLA devices.
+  bool interactive = false;         ///< Runs inside a notebook or REPL, so that the program cannot be started again.
+  bool fork = true;                 ///< Can fork.
+  bool srun = false;                ///< `srun` is on PATH.
+  bool xla_engine = true;           ///< torch_xla was found.
+  bool deepspeed_engine = true;     ///< The DeepSpeed engine was built.
+  bool bitsandbytes_engine = true;  ///< The quantisation engine was built.
+  bool transformer_engine = true;   ///< The FP8 engine was built.
   std::string_view hostname = "localhost";
   MpiFacts mpi{};
   const HostFile* files = nullptr;

@@ -69,8 +69,8 @@ class HostList {
   struct Range {
     std::uint64_t first = 0;
     std::uint64_t last = 0;
-    std::size_t width = 0;  ///< Digits at least: those of the range's first number.
-    std::size_t end = 0;    ///< Where the range's text ends: at ',' or ']'.
+    std::size_t width = 0;   ///< Digits at least: those of the range's first number.
+    std::size_t end = 0;     ///< Where the range's text ends: at ',' or ']'.
     std::string_view fault;  ///< Why it is none; then `end` is where.
   };
 

@@ -34,7 +34,8 @@ struct LsfReader {
     const Expected<LsfHosts> all = hosts(v, host);
     if (!all) return all.problem;
     if (all->main_host().empty()) {
-      Problem problem(Code::lsf_rankfile_too_short, v.has("LSB_DJOB_RANKFILE") ? "LSB_DJOB_RANKFILE" : "LSB_MCPU_HOSTS");
+      Problem problem(Code::lsf_rankfile_too_short,
+                      v.has("LSB_DJOB_RANKFILE") ? "LSB_DJOB_RANKFILE" : "LSB_MCPU_HOSTS");
       problem.detail.append("only the launch node is listed");
       return problem;
     }
@@ -77,7 +78,8 @@ struct LsfReader {
     if (!all) return all.problem;
     const int rank = all->node_rank(host.hostname);
     if (rank >= 0) return rank;
-    Problem problem(Code::lsf_host_not_in_rankfile, v.has("LSB_DJOB_RANKFILE") ? "LSB_DJOB_RANKFILE" : "LSB_MCPU_HOSTS");
+    Problem problem(Code::lsf_host_not_in_rankfile,
+                    v.has("LSB_DJOB_RANKFILE") ? "LSB_DJOB_RANKFILE" : "LSB_MCPU_HOSTS");
     problem.detail.append("it does not list this host, ").append(host.hostname.substr(0, 80));
     return problem;
   }
@@ -85,7 +87,8 @@ struct LsfReader {
   static constexpr Problem validate(const Variables&, const Host&, int, int) { return {}; }
   static constexpr Problem contradiction(const Variables& v, const Host&) {
     if (below(v, "JSM_NAMESPACE_RANK", "JSM_NAMESPACE_SIZE")) return {};
-    return detail::contradiction(v, {"JSM_NAMESPACE_RANK", "JSM_NAMESPACE_SIZE"}, "a rank is below the number of tasks");
+    return detail::contradiction(v, {"JSM_NAMESPACE_RANK", "JSM_NAMESPACE_SIZE"},
+                                 "a rank is below the number of tasks");
   }
 
  private:

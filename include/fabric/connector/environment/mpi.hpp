@@ -20,15 +20,26 @@ struct MpiFamily {
 
 /// Open MPI (its launcher sets PMIX_RANK too), MPICH's Hydra and Intel MPI, MVAPICH, and PMIx alone, which tells a rank
 /// and nothing else, so that the rest may come from the usual variables.
-inline constexpr MpiFamily mpi_families[]{
-    {"Open MPI", "OMPI_COMM_WORLD_RANK", {"OMPI_COMM_WORLD_SIZE"}, {"OMPI_COMM_WORLD_LOCAL_RANK"},
-     {"OMPI_COMM_WORLD_LOCAL_SIZE"}},
-    {"MPICH or Intel MPI", "PMI_RANK", {"PMI_SIZE"}, {"MPI_LOCALRANKID", "PMI_LOCAL_RANK", "I_MPI_LOCAL_RANK"},
-     {"MPI_LOCALNRANKS", "PMI_LOCAL_SIZE", "I_MPI_LOCAL_SIZE"}},
-    {"MVAPICH", "MV2_COMM_WORLD_RANK", {"MV2_COMM_WORLD_SIZE"}, {"MV2_COMM_WORLD_LOCAL_RANK"},
-     {"MV2_COMM_WORLD_LOCAL_SIZE"}},
-    {"PMIx", "PMIX_RANK", {"PMIX_SIZE", "WORLD_SIZE"}, {"PMIX_LOCAL_RANK", "LOCAL_RANK"},
-     {"PMIX_LOCAL_SIZE", "LOCAL_WORLD_SIZE"}}};
+inline constexpr MpiFamily mpi_families[]{{"Open MPI",
+                                           "OMPI_COMM_WORLD_RANK",
+                                           {"OMPI_COMM_WORLD_SIZE"},
+                                           {"OMPI_COMM_WORLD_LOCAL_RANK"},
+                                           {"OMPI_COMM_WORLD_LOCAL_SIZE"}},
+                                          {"MPICH or Intel MPI",
+                                           "PMI_RANK",
+                                           {"PMI_SIZE"},
+                                           {"MPI_LOCALRANKID", "PMI_LOCAL_RANK", "I_MPI_LOCAL_RANK"},
+                                           {"MPI_LOCALNRANKS", "PMI_LOCAL_SIZE", "I_MPI_LOCAL_SIZE"}},
+                                          {"MVAPICH",
+                                           "MV2_COMM_WORLD_RANK",
+                                           {"MV2_COMM_WORLD_SIZE"},
+                                           {"MV2_COMM_WORLD_LOCAL_RANK"},
+                                           {"MV2_COMM_WORLD_LOCAL_SIZE"}},
+                                          {"PMIx",
+                                           "PMIX_RANK",
+                                           {"PMIX_SIZE", "WORLD_SIZE"},
+                                           {"PMIX_LOCAL_RANK", "LOCAL_RANK"},
+                                           {"PMIX_LOCAL_SIZE", "LOCAL_WORLD_SIZE"}}};
 
 /// mpirun or mpiexec: what an MPI library said, or else the launcher's variables.
 struct MpiReader {

@@ -114,7 +114,8 @@ struct SlurmReader {
       const Integer mpi = parse_integer(v.get(rank));
       const Integer task = parse_integer(v.get("SLURM_PROCID"));
       if (!mpi.valid || !task.valid || mpi.value == task.value) continue;
-      return detail::contradiction(v, {rank, "SLURM_PROCID"}, "started by mpirun inside a Slurm job: LT_ENVIRONMENT=mpi says so");
+      return detail::contradiction(v, {rank, "SLURM_PROCID"},
+                                   "started by mpirun inside a Slurm job: LT_ENVIRONMENT=mpi says so");
     }
     return {};
   }

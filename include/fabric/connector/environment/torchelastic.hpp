@@ -32,12 +32,15 @@ struct TorchElasticReader {
     if (!world) return world.problem;
     if (static_cast<long long>(devices) * num_nodes == *world) return {};
     Problem problem(Code::torchelastic_world_size_mismatch, "devices");
-    problem.name(static_cast<long long>(devices)).name(static_cast<long long>(num_nodes)).name(static_cast<long long>(*world));
+    problem.name(static_cast<long long>(devices))
+        .name(static_cast<long long>(num_nodes))
+        .name(static_cast<long long>(*world));
     problem.detail.append("torchrun's --nproc-per-node is devices, its --nnodes num_nodes");
     return problem;
   }
   static constexpr Problem contradiction(const Variables& v, const Host&) {
-    if (!below(v, "RANK", "WORLD_SIZE")) return detail::contradiction(v, {"RANK", "WORLD_SIZE"}, "a rank is below the world size");
+    if (!below(v, "RANK", "WORLD_SIZE"))
+      return detail::contradiction(v, {"RANK", "WORLD_SIZE"}, "a rank is below the world size");
     if (!below(v, "LOCAL_RANK", "LOCAL_WORLD_SIZE")) {
       return detail::contradiction(v, {"LOCAL_RANK", "LOCAL_WORLD_SIZE"}, "a local rank is below the local world size");
     }

@@ -18,7 +18,8 @@ using Required = std::string_view[N];
 
 /// Adds "missing: A, B; not integers: C" over all of `names`, so that one problem says everything. MASTER_ADDR alone is
 /// a text.
-constexpr void list_faults(Problem& problem, const Variables& variables, const std::string_view* names, std::size_t count) {
+constexpr void list_faults(Problem& problem, const Variables& variables, const std::string_view* names,
+                           std::size_t count) {
   bool any = false;
   for (std::size_t i = 0; i < count; ++i) {
     if (variables.has(names[i])) continue;
@@ -49,8 +50,7 @@ constexpr Expected<int> read_int(const Variables& variables, std::string_view na
     const Integer number = parse_integer(v->value);
     if (number.valid) return to_int(number.value);
   }
-  Problem problem = !v ? Problem(Code::env_var_missing, name, name)
-                                 : bad_value(Code::env_var_not_int, name, v->value);
+  Problem problem = !v ? Problem(Code::env_var_missing, name, name) : bad_value(Code::env_var_not_int, name, v->value);
   list_faults(problem, variables, required, N);
   return problem;
 }
@@ -72,7 +72,8 @@ constexpr bool below(const Variables& variables, std::string_view rank, std::str
 }
 
 /// The variables' values contradict each other: names them all with their values.
-constexpr Problem contradiction(const Variables& variables, std::initializer_list<std::string_view> names, std::string_view rule) {
+constexpr Problem contradiction(const Variables& variables, std::initializer_list<std::string_view> names,
+                                std::string_view rule) {
   Problem problem(Code::environment_half_set, *names.begin());
   for (const std::string_view name : names) {
     problem.name(name);
