@@ -167,7 +167,7 @@ struct MpiReader {
     if (!per_node.valid || per_node.value <= 0) return 0;
     const int n = to_int(per_node.value);
     if (*rank % n == *local) return *rank / n;
-    const int nodes = (*size + n - 1) / n;
+    const int nodes = *size / n + (*size % n != 0 ? 1 : 0);
     if (nodes > 0 && *rank / nodes == *local) return *rank % nodes;
     return *rank / n;
   }

@@ -63,11 +63,13 @@ constexpr void read_ranks(State& state, AnyEnvironment& environment) {
   const bool distributes = out.strategy.family != StrategyFamily::data_parallel && !is_xla(out.strategy);
   const Expected<int> node = environment.node_rank();
   const Expected<int> local = environment.local_rank();
+  // Flags and variables may carry any number: a product beyond an int is cut, not undefined.
+  const int replicas = to_int(static_cast<std::int64_t>(out.num_nodes) * processes);
   if (distributes) {
     if (!node) return state.refuse(node.problem);
     if (!local) return state.refuse(local.problem);
-    environment.known.set_global_rank(*node * processes + *local);
-    environment.known.set_world_size(out.num_nodes * processes);
+    environment.known.set_global_rank(to_int(static_cast<std::int64_t>(*node) * processes + *local));
+    environment.known.set_world_size(replicas);
   }
   const Expected<int> global = environment.global_rank();
   if (distributes && !global) return state.refuse(global.problem);
@@ -75,7 +77,7 @@ constexpr void read_ranks(State& state, AnyEnvironment& environment) {
   out.global_rank = as_rank(global);
   out.local_rank = as_rank(local);
   out.node_rank = as_rank(node);
-  out.sampler_replicas = {.value = out.num_nodes * processes};
+  out.sampler_replicas = {.value = replicas};
   if (out.strategy.family == StrategyFamily::deepspeed) out.sampler_replicas = out.world_size;
   if (distributes && !environment.custom) {
     const auto address = environment.known.main_address();
