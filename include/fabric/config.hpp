@@ -3,6 +3,7 @@
 
 // Everything that needs no LibTorch: policies, their rules, and the connector from flags to a selection.
 
+#include "fabric/connector/fabric_t.hpp"
 #include "fabric/connector/resolve.hpp"
 #include "fabric/policy/diagnose.hpp"
 #include "fabric/policy/registry.hpp"
