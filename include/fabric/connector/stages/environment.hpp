@@ -72,6 +72,10 @@ constexpr AnyEnvironment choose_environment(State& state) {
     state.refuse(made.problem);
     return {};
   }
+  if (const Problem problem = made->contradiction(); problem.code != Code::none) {
+    state.refuse(problem);
+    return {};
+  }
   out.environment = environment_facts(kind);
   return {.known = *made};
 }

@@ -81,11 +81,13 @@ constexpr void read_ranks(State& state, AnyEnvironment& environment) {
   if (out.strategy.family == StrategyFamily::deepspeed) out.sampler_replicas = out.world_size;
   if (distributes && !environment.custom) {
     const auto address = environment.known.main_address();
+    // Without it the ranks would wait for each other for ever. Kubeflow's is not looked at before launch.
+    const bool needed = out.environment.kind == EnvironmentKind::slurm || out.environment.kind == EnvironmentKind::mpi;
+    if (!address && needed) return state.refuse(address.problem);
     out.main_address = address.value;
     out.main_port = address ? as_rank(environment.known.main_port()) : Rank{.code = address.problem.code};
   }
-  if (distributes && !environment.custom)
-    out.settings = environment.known.validate_settings(processes, out.num_nodes);
+  if (distributes && !environment.custom) out.settings = environment.known.validate_settings(processes, out.num_nodes);
 }
 
 /// The rules that only the types had to fear until here, and their codes.
