@@ -170,7 +170,7 @@ inline constexpr std::array<std::string_view, 13> stage_names{
 
 /// Problems, the one that a user should solve first in front.
 struct Problems {
-  std::array<Problem, 4> items{};
+  std::array<Problem, 6> items{};
   std::size_t count = 0;
 
   constexpr void add(const Problem& problem) {
