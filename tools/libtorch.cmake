@@ -111,7 +111,7 @@ list(JOIN fabric_rpath_link ":" fabric_rpath_link)
 target_link_options(fabric::libtorch INTERFACE "LINKER:-rpath-link,${fabric_rpath_link}")
 
 if(FABRIC_WITH_CUDA)
-  target_compile_definitions(fabric::libtorch INTERFACE FABRIC_WITH_CUDA USE_C10D_NCCL)
+  target_compile_definitions(fabric::libtorch INTERFACE USE_C10D_NCCL)
   target_include_directories(fabric::libtorch INTERFACE ${fabric_cuda_include} ${fabric_nccl_include})
   # libtorch_cuda registers its operators when it is loaded, whether or not a symbol of it is used.
   target_link_libraries(fabric::libtorch INTERFACE
