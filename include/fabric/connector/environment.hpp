@@ -50,17 +50,34 @@ inline constexpr EnvironmentName environment_names[]{{"torchelastic", Environmen
 inline constexpr EnvironmentKind detection_order[]{EnvironmentKind::torchelastic, EnvironmentKind::slurm,
                                                    EnvironmentKind::lsf, EnvironmentKind::mpi};
 
-/// Calls `fn` with the reader of that kind.
-template <class Fn>
-constexpr auto with_reader(EnvironmentKind kind, Fn&& fn) {
+/// What each kind of environment answers, from `fabric/connector/environment/`.
+struct EnvironmentReader {
+  bool (*detected)(const Variables&, const Host&);
+  Problem (*construct)(const Variables&, const Host&);
+  Expected<HostName> (*main_address)(const Variables&, const Host&);
+  Expected<int> (*main_port)(const Variables&, const Host&);
+  Expected<int> (*world_size)(const Variables&, const Host&);
+  Expected<int> (*global_rank)(const Variables&, const Host&);
+  Expected<int> (*local_rank)(const Variables&, const Host&);
+  Expected<int> (*node_rank)(const Variables&, const Host&);
+  Problem (*validate)(const Variables&, const Host&, int devices, int num_nodes);
+  Problem (*contradiction)(const Variables&, const Host&);
+};
+
+template <class R>
+inline constexpr EnvironmentReader reader{R::detected,   R::construct,    R::main_address, R::main_port,
+                                          R::world_size, R::global_rank,  R::local_rank,   R::node_rank,
+                                          R::validate,   R::contradiction};
+
+constexpr const EnvironmentReader& reader_of(EnvironmentKind kind) {
   switch (kind) {
-    case EnvironmentKind::torchelastic: return fn(TorchElasticReader{});
-    case EnvironmentKind::slurm: return fn(SlurmReader{});
-    case EnvironmentKind::lsf: return fn(LsfReader{});
-    case EnvironmentKind::mpi: return fn(MpiReader{});
-    case EnvironmentKind::kubeflow: return fn(KubeflowReader{});
-    case EnvironmentKind::xla: return fn(XlaReader{});
-    default: return fn(LocalReader{});
+    case EnvironmentKind::torchelastic: return reader<TorchElasticReader>;
+    case EnvironmentKind::slurm: return reader<SlurmReader>;
+    case EnvironmentKind::lsf: return reader<LsfReader>;
+    case EnvironmentKind::mpi: return reader<MpiReader>;
+    case EnvironmentKind::kubeflow: return reader<KubeflowReader>;
+    case EnvironmentKind::xla: return reader<XlaReader>;
+    default: return reader<LocalReader>;
   }
 }
 
@@ -122,7 +139,7 @@ constexpr auto with_reader(EnvironmentKind kind, Fn&& fn) {
 
 /// Whether the variables say that this process was started by that launcher. False for Kubeflow, which cannot be told.
 [[nodiscard]] constexpr bool detects(EnvironmentKind kind, const Variables& variables, const Host& host) {
-  return detail::with_reader(kind, [&](auto reader) { return reader.detected(variables, host); });
+  return detail::reader_of(kind).detected(variables, host);
 }
 
 /// The environment that is there: the forced one, or the first of torchelastic, slurm, lsf, mpi that is detected and
@@ -172,25 +189,25 @@ class Environment {
 
   /// The host of global rank 0. A user's MASTER_ADDR wins.
   [[nodiscard]] constexpr Expected<HostName> main_address() const {
-    return detail::with_reader(kind_, [&](auto reader) { return reader.main_address(variables_, *host_); });
+    return detail::reader_of(kind_).main_address(variables_, *host_);
   }
   /// The port there; 0 = choose a free one. A user's MASTER_PORT wins.
   [[nodiscard]] constexpr Expected<int> main_port() const {
-    return detail::with_reader(kind_, [&](auto reader) { return reader.main_port(variables_, *host_); });
+    return detail::reader_of(kind_).main_port(variables_, *host_);
   }
   [[nodiscard]] constexpr Expected<int> world_size() const {
     if (kind_ == EnvironmentKind::local) return world_size_;
-    return detail::with_reader(kind_, [&](auto reader) { return reader.world_size(variables_, *host_); });
+    return detail::reader_of(kind_).world_size(variables_, *host_);
   }
   [[nodiscard]] constexpr Expected<int> global_rank() const {
     if (kind_ == EnvironmentKind::local) return global_rank_;
-    return detail::with_reader(kind_, [&](auto reader) { return reader.global_rank(variables_, *host_); });
+    return detail::reader_of(kind_).global_rank(variables_, *host_);
   }
   [[nodiscard]] constexpr Expected<int> local_rank() const {
-    return detail::with_reader(kind_, [&](auto reader) { return reader.local_rank(variables_, *host_); });
+    return detail::reader_of(kind_).local_rank(variables_, *host_);
   }
   [[nodiscard]] constexpr Expected<int> node_rank() const {
-    return detail::with_reader(kind_, [&](auto reader) { return reader.node_rank(variables_, *host_); });
+    return detail::reader_of(kind_).node_rank(variables_, *host_);
   }
 
   /// The strategy's world size and rank. Only a local environment takes them: launchers know their own.
@@ -207,12 +224,11 @@ class Environment {
 
   /// Compares the flags with what the launcher started.
   [[nodiscard]] constexpr Problem validate_settings(int devices, int num_nodes) const {
-    return detail::with_reader(kind_,
-                               [&](auto reader) { return reader.validate(variables_, *host_, devices, num_nodes); });
+    return detail::reader_of(kind_).validate(variables_, *host_, devices, num_nodes);
   }
   /// Variables that cannot all be true, such as a rank beyond the world size; one problem names them.
   [[nodiscard]] constexpr Problem contradiction() const {
-    return detail::with_reader(kind_, [&](auto reader) { return reader.contradiction(variables_, *host_); });
+    return detail::reader_of(kind_).contradiction(variables_, *host_);
   }
 
   /// What was filled in or looks odd, as bits of EnvironmentWarning. Only rank 0 has any to print.
@@ -241,7 +257,7 @@ class Environment {
 /// a rank file cannot be read.
 [[nodiscard]] constexpr Expected<Environment> construct_environment(EnvironmentKind kind, const Variables& variables,
                                                                     const Host& host) {
-  Problem problem = detail::with_reader(kind, [&](auto reader) { return reader.construct(variables, host); });
+  Problem problem = detail::reader_of(kind).construct(variables, host);
   if (problem.code != Code::none) return problem;
   return Environment(kind, variables, host);
 }
