@@ -49,9 +49,15 @@ constexpr std::string_view start_method_name(const fabric::Selection& s) {
 }
 
 constexpr std::string_view precision_class(const fabric::Selection& s) {
-  constexpr std::string_view names[]{"Precision",          "DoublePrecision",            "HalfPrecision",
-                                     "MixedPrecision",     "TransformerEnginePrecision", "BitsandbytesPrecision",
-                                     "DeepSpeedPrecision", "FSDPPrecision",              "XLAPrecision"};
+  constexpr std::string_view names[]{"Precision",
+                                     "DoublePrecision",
+                                     "HalfPrecision",
+                                     "MixedPrecision",
+                                     "TransformerEnginePrecision",
+                                     "BitsandbytesPrecision",
+                                     "DeepSpeedPrecision",
+                                     "FSDPPrecision",
+                                     "XLAPrecision"};
   return s.precision.name.view().ends_with("Subclass") ? s.precision.name.view()
                                                        : names[static_cast<int>(s.precision_engine)];
 }

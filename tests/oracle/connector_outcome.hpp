@@ -204,7 +204,7 @@ inline void write_ranks(Json& out, const fabric::Selection& s) {
   const bool xla_parallel = s.strategy.family == StrategyFamily::xla || s.strategy.family == StrategyFamily::xla_fsdp;
   const bool single =
       s.strategy.family == StrategyFamily::single_device || s.strategy.family == StrategyFamily::single_device_xla;
-  const bool ranked = fabric::detail::has_ranks(s.strategy);
+  const bool ranked = is_parallel(s.strategy);
   if (xla_parallel) {
     out["root_device"] = error_of(fabric::Code::xla_root_before_launch);
   } else if (single) {

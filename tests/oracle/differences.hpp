@@ -25,8 +25,7 @@ inline std::string difference_of(const fabric::Flags& flags, const fabric::Varia
 
   const detail::Maybe<AcceleratorFacts> accelerator = state.accelerator_object;
   const detail::Maybe<StrategyObject> strategy = state.strategy_object;
-  if (strategy && accelerator && strategy->devices.count > 0 &&
-      strategy->devices.type == accelerator->device &&
+  if (strategy && accelerator && strategy->devices.count > 0 && strategy->devices.type == accelerator->device &&
       (accelerator->device == DeviceType::cpu || accelerator->device == DeviceType::cuda)) {
     return "strategy_devices_of_the_accelerator_objects_kind";
   }

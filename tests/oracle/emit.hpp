@@ -33,16 +33,17 @@ std::string cast(const char* type, Enum value) {
 
 inline std::string emit(const fabric::AcceleratorFacts& facts) {
   if (facts.built_in) return std::string(facts.name.view()) + "::facts";
-  return "AcceleratorFacts{.name = " + literal(facts.name) + ", .flag = \"\", .device = " +
-         cast("DeviceType", facts.device) + ", .built_in = false, .available = " +
-         (facts.available ? "true" : "false") + ", .own_devices = " + std::to_string(facts.own_devices) + "}";
+  return "AcceleratorFacts{.name = " + literal(facts.name) +
+         ", .flag = \"\", .device = " + cast("DeviceType", facts.device) +
+         ", .built_in = false, .available = " + (facts.available ? "true" : "false") +
+         ", .own_devices = " + std::to_string(facts.own_devices) + "}";
 }
 
 inline std::string emit(const fabric::PrecisionFacts& facts) {
-  return "PrecisionFacts{.name = " + literal(facts.name) + ", .flag = " + literal(facts.flag) + ", .kind = " +
-         cast("PrecisionKind", facts.kind) + ", .parameters = " + cast("Scalar", facts.parameters) +
-         ", .compute = " + cast("Scalar", facts.compute) + ", .quantisation = " +
-         cast("BitsandbytesMode", facts.quantisation) + "}";
+  return "PrecisionFacts{.name = " + literal(facts.name) + ", .flag = " + literal(facts.flag) +
+         ", .kind = " + cast("PrecisionKind", facts.kind) + ", .parameters = " + cast("Scalar", facts.parameters) +
+         ", .compute = " + cast("Scalar", facts.compute) +
+         ", .quantisation = " + cast("BitsandbytesMode", facts.quantisation) + "}";
 }
 
 inline std::string emit(const fabric::PrecisionObject& object) {
@@ -51,30 +52,34 @@ inline std::string emit(const fabric::PrecisionObject& object) {
 }
 
 inline std::string emit(const fabric::EnvironmentObject& object) {
-  std::string out = "[] { EnvironmentObject o{EnvironmentFacts{.name = " + literal(object.facts.name) + ", .kind = " +
-                    cast("EnvironmentKind", object.facts.kind) + "}}; ";
+  std::string out = "[] { EnvironmentObject o{EnvironmentFacts{.name = " + literal(object.facts.name) +
+                    ", .kind = " + cast("EnvironmentKind", object.facts.kind) + "}}; ";
   if (object.facts.kind == fabric::EnvironmentKind::custom) {
-    out += "o.world_size = " + std::to_string(object.world_size) + "; o.global_rank = " +
-           std::to_string(object.global_rank) + "; o.local_rank = " + std::to_string(object.local_rank) + "; ";
+    out += "o.world_size = " + std::to_string(object.world_size) +
+           "; o.global_rank = " + std::to_string(object.global_rank) +
+           "; o.local_rank = " + std::to_string(object.local_rank) + "; ";
   }
   return out + "return o; }()";
 }
 
 inline std::string emit(const fabric::StrategyObject& o) {
   const auto& f = o.facts;
-  std::string out = "[] { StrategyObject o{.facts = {.name = " + literal(f.name) + ", .flag = " + literal(f.flag) +
-                    ", .family = " + cast("StrategyFamily", f.family) + ", .start_method = " +
-                    cast("StartMethod", f.start_method) + ", .find_unused_parameters = " +
-                    (f.find_unused_parameters ? "true" : "false") + ", .stage = " + std::to_string(f.stage) +
-                    ", .optimizer_offload = " + cast("Offload", f.optimizer_offload) + ", .parameter_offload = " +
-                    cast("Offload", f.parameter_offload) + ", .built_in = " + (f.built_in ? "true" : "false") + "}}; ";
+  std::string out =
+      "[] { StrategyObject o{.facts = {.name = " + literal(f.name) + ", .flag = " + literal(f.flag) +
+      ", .family = " + cast("StrategyFamily", f.family) + ", .start_method = " + cast("StartMethod", f.start_method) +
+      ", .find_unused_parameters = " + (f.find_unused_parameters ? "true" : "false") +
+      ", .stage = " + std::to_string(f.stage) + ", .optimizer_offload = " + cast("Offload", f.optimizer_offload) +
+      ", .parameter_offload = " + cast("Offload", f.parameter_offload) +
+      ", .built_in = " + (f.built_in ? "true" : "false") + "}}; ";
   if (o.has_accelerator) out += "o.has_accelerator = true; o.accelerator = " + emit(o.accelerator) + "; ";
   if (o.has_precision) out += "o.has_precision = true; o.precision = " + emit(o.precision) + "; ";
-  if (o.checkpoint != fabric::CheckpointKind::none) out += "o.checkpoint = " + cast("CheckpointKind", o.checkpoint) + "; ";
+  if (o.checkpoint != fabric::CheckpointKind::none)
+    out += "o.checkpoint = " + cast("CheckpointKind", o.checkpoint) + "; ";
   if (o.environment.given()) out += "o.environment = " + emit(o.environment) + "; ";
   if (o.devices.count > 0) {
-    out += "o.devices = {.type = " + cast("DeviceType", o.devices.type) + ", .count = " +
-           std::to_string(o.devices.count) + ", .listed = " + (o.devices.listed ? "true" : "false") + "}; ";
+    out += "o.devices = {.type = " + cast("DeviceType", o.devices.type) +
+           ", .count = " + std::to_string(o.devices.count) + ", .listed = " + (o.devices.listed ? "true" : "false") +
+           "}; ";
     for (int i = 0; i < o.devices.indices.count; ++i) {
       out += "o.devices.indices.push(" + std::to_string(o.devices.indices[i]) + "); ";
     }
@@ -132,7 +137,8 @@ inline std::string emit(const fabric::Flags& flags, const Json& args) {
   }
   if (flags.plugins.count > 0) {
     std::string list;
-    for (const fabric::Plugin& plugin : flags.plugins) list += (list.empty() ? "Plugin(" : ", Plugin(") + emit(plugin) + ")";
+    for (const fabric::Plugin& plugin : flags.plugins)
+      list += (list.empty() ? "Plugin(" : ", Plugin(") + emit(plugin) + ")";
     add("plugins", "{" + list + "}");
   }
   return out + "}";
@@ -148,7 +154,8 @@ inline EmittedHost emit(const RowHost& row) {
   out.variables = "Variables{}";
   if (row.variables().begin() != row.variables().end()) {
     out.arrays += "constexpr Variable variables[]{";
-    for (const fabric::Variable& v : row.variables()) out.arrays += "{" + literal(v.name) + ", " + literal(v.value) + "}, ";
+    for (const fabric::Variable& v : row.variables())
+      out.arrays += "{" + literal(v.name) + ", " + literal(v.value) + "}, ";
     out.arrays += "};\n";
     out.variables = "Variables(variables, std::size(variables))";
   }
@@ -175,9 +182,10 @@ inline EmittedHost emit(const RowHost& row) {
   out.host = "Host{.cuda_devices = " + std::to_string(h.cuda_devices) + ", .mps = " + flag(h.mps) +
              ", .tpu_devices = " + std::to_string(h.tpu_devices) + ", .interactive = " + flag(h.interactive) +
              ", .fork = " + flag(h.fork) + ", .srun = " + flag(h.srun) + ", .xla_engine = " + flag(h.xla_engine) +
-             ", .deepspeed_engine = " + flag(h.deepspeed_engine) + ", .bitsandbytes_engine = " +
-             flag(h.bitsandbytes_engine) + ", .transformer_engine = " + flag(h.transformer_engine) +
-             ", .hostname = " + literal(h.hostname) + ", .mpi = " + mpi + files + "}";
+             ", .deepspeed_engine = " + flag(h.deepspeed_engine) +
+             ", .bitsandbytes_engine = " + flag(h.bitsandbytes_engine) +
+             ", .transformer_engine = " + flag(h.transformer_engine) + ", .hostname = " + literal(h.hostname) +
+             ", .mpi = " + mpi + files + "}";
   return out;
 }
 

@@ -65,9 +65,9 @@ std::string expected(const Json& outcome) {
   const Json& devices = outcome["devices"];
   const std::string count = devices.is_object() ? devices["n"].dump() : std::to_string(devices.size());
   out += std::string(".external_launch = ") + (outcome.value("external_launch", false) ? "true" : "false") +
-         ", .devices = " + count + ", .num_nodes = " + outcome["num_nodes"].dump() + ", .world_size = " +
-         number(outcome["world_size"]) + ", .global_rank = " + number(outcome["global_rank"]) + ", .local_rank = " +
-         number(outcome["local_rank"]);
+         ", .devices = " + count + ", .num_nodes = " + outcome["num_nodes"].dump() +
+         ", .world_size = " + number(outcome["world_size"]) + ", .global_rank = " + number(outcome["global_rank"]) +
+         ", .local_rank = " + number(outcome["local_rank"]);
   if (outcome.contains("settings_check")) {
     out += ", .settings = Code::" + outcome["settings_check"]["error"].get<std::string>();
   }

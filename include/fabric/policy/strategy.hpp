@@ -49,6 +49,11 @@ struct StrategyFacts {
   return s.start_method != StartMethod::none || s.family == StrategyFamily::data_parallel;
 }
 
+/// Does the strategy run in one process on one device?
+[[nodiscard]] constexpr bool runs_on_one_device(const StrategyFacts& s) {
+  return s.family == StrategyFamily::single_device || s.family == StrategyFamily::single_device_xla;
+}
+
 /// Is the strategy one of those that drive XLA devices?
 [[nodiscard]] constexpr bool is_xla(const StrategyFacts& s) {
   return s.family == StrategyFamily::single_device_xla || s.family == StrategyFamily::xla ||

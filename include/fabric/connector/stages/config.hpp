@@ -200,9 +200,9 @@ constexpr void check_strategy_object(State& state) {
   const bool cpu = type == DeviceType::cpu;
   const std::string_view flag = cpu ? "cpu" : "cuda";
   const Maybe<AcceleratorFacts> accelerator = state.accelerator_object;
-  const bool same = accelerator ? accelerator->device == type
-                                           : state.accelerator == "auto" || state.accelerator == flag ||
-                                                 (!cpu && state.accelerator == "gpu");
+  const bool same =
+      accelerator ? accelerator->device == type
+                  : state.accelerator == "auto" || state.accelerator == flag || (!cpu && state.accelerator == "gpu");
   if (!same) {
     Problem problem(cpu ? Code::cpu_devices_vs_accelerator : Code::cuda_devices_vs_accelerator, "strategy",
                     object->facts.name);

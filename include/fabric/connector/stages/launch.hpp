@@ -13,12 +13,6 @@ constexpr Rank as_rank(const Expected<int>& read) {
   return {.code = read.problem.code, .name = read.problem.names.view()};
 }
 
-/// Do the strategy's processes ask the environment for their ranks?
-constexpr bool has_ranks(const StrategyFacts& strategy) {
-  return strategy.family != StrategyFamily::single_device && strategy.family != StrategyFamily::single_device_xla &&
-         is_parallel(strategy);
-}
-
 constexpr void choose_launcher(State& state) {
   Selection& out = state.out;
   switch (out.strategy.start_method) {
@@ -111,7 +105,7 @@ constexpr void launch_strategy(State& state, AnyEnvironment environment) {
     out.environment = environment_facts(EnvironmentKind::xla);
   }
   out.external_launch = environment.external();
-  if (has_ranks(out.strategy)) read_ranks(state, environment);
+  if (is_parallel(out.strategy)) read_ranks(state, environment);
   if (!state.good()) return;
   choose_launcher(state);
   if (!state.good()) return;

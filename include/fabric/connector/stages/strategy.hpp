@@ -60,14 +60,13 @@ constexpr void settle_strategy(State& state) {
 constexpr void init_strategy(State& state) {
   Selection& out = state.out;
   out.strategy_flag = state.strategy;
-  const StrategyFamily family = out.strategy.family;
   if (state.strategy_object) {
     if (state.strategy_object->has_devices) out.single_device = state.strategy_object->device;
   } else {
     if (const Code code = missing_engine(out.strategy, state.host); code != Code::none) {
       return state.refuse(Problem(code, "strategy"));
     }
-    const bool single = family == StrategyFamily::single_device || family == StrategyFamily::single_device_xla;
+    const bool single = runs_on_one_device(out.strategy);
     if (single && !state.strategy.empty()) {
       if (out.sources.devices == Source::automatic) {
         out.devices = {.type = out.devices.type, .count = 1};
