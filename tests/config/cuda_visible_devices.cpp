@@ -56,7 +56,7 @@ TEST_CASE("one MIG device is one device; more than one is refused with the reaso
   CHECK(two.problem.code == Code::mig_several);
   CHECK(two.problem.flag == "CUDA_VISIBLE_DEVICES");
   CHECK(two.problem.names == "'MIG-a,MIG-b'");
-  CHECK(two.problem.detail.view().find("one MIG device only") != std::string_view::npos);
+  CHECK(two.problem.detail.view().find("the first one only") != std::string_view::npos);
 
   // The devices flag refuses it too, whatever its value; other accelerators do not care.
   CHECK(parse_devices("auto", DeviceType::cuda, Host{.cuda_devices = 1}, {{"CUDA_VISIBLE_DEVICES", "MIG-a,MIG-b"}})

@@ -239,9 +239,9 @@ TEST_CASE("variables that contradict each other: one problem names them with the
           "[issue-4.5][environment]") {
   const Problem rank = made(Set{{"TORCHELASTIC_RUN_ID", "1"}, {"WORLD_SIZE", "2"}, {"RANK", "5"}}).contradiction();
   CHECK(rank.code == Code::environment_half_set);
-  CHECK(rank.names == "RANK=5\nWORLD_SIZE=2");
+  CHECK(rank.names == "RANK=5 and WORLD_SIZE=2");
   CHECK(made(slurm.with({"OMPI_COMM_WORLD_RANK", "0"})).contradiction().names ==
-        "OMPI_COMM_WORLD_RANK=0\nSLURM_PROCID=3");
+        "OMPI_COMM_WORLD_RANK=0 and SLURM_PROCID=3");
   CHECK(made(Set{{"PMI_RANK", "4"}, {"PMI_SIZE", "4"}}).contradiction().code == Code::environment_half_set);
   for (const Set& good : {torchrun, slurm, open_mpi, hydra, intel, pmix}) {
     CHECK(made(good).contradiction().code == Code::none);

@@ -4,6 +4,7 @@
 // --environment; then NAME=VALUE lines.
 #include <vector>
 
+#include "fabric/connector/message.hpp"
 #include "fabric/connector/resolve.hpp"
 #include "fuzz/input.hpp"
 
@@ -36,6 +37,7 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
     fuzz::require(resolution.devices.count >= 0 && resolution.num_nodes >= 1);
   } else {
     fuzz::require(!resolution.problems[0].flag.empty());
+    fuzz::require(message(resolution.problems).size() > 20);
   }
   return 0;
 }

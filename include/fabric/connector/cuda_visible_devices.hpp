@@ -76,7 +76,7 @@ constexpr bool starts_with(std::string_view text, std::string_view start) {
   if (migs < 2) return {};
   Problem problem(Code::mig_several, "CUDA_VISIBLE_DEVICES");
   problem.names.append("'").append(value.substr(0, 80)).append("'");
-  problem.detail.append("CUDA gives a process one MIG device only: name one here, or start each process with its own");
+  problem.detail.append("CUDA shows a process the first one only, so that a second rank would have none");
   return problem;
 }
 

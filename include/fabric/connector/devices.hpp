@@ -290,7 +290,7 @@ constexpr Expected<DeviceList> parse_gpus(const DevicesFlag& flag, DeviceType ty
     append_list(names, count, [&](int i) { return list[i]; });
     return devices_problem(Code::gpu_not_on_machine, flag, names, legal);
   }
-  return devices_problem(Code::gpu_ids_not_unique, flag, {}, "each GPU once");
+  return devices_problem(Code::gpu_ids_not_unique, flag, {}, legal);
 }
 
 constexpr Expected<DeviceList> parse_tpus(const DevicesFlag& flag, const Host& host) {

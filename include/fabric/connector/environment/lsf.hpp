@@ -26,7 +26,7 @@ struct LsfReader {
     if (path->value.empty()) return Problem(Code::lsf_rankfile_var_empty, "LSB_DJOB_RANKFILE");
     if (const Found<HostFile> file = host.file(path->value)) return LsfHosts::from_rank_file(file->text);
     Problem problem(Code::lsf_rankfile_not_found, "LSB_DJOB_RANKFILE");
-    problem.detail.append("cannot read ").append(path->value.substr(0, 90));
+    problem.detail.append(path->value.substr(0, 100));
     return problem;
   }
 

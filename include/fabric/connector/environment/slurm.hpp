@@ -33,7 +33,6 @@ struct SlurmReader {
     if (count.value <= 1 || v.has("SLURM_NTASKS_PER_NODE")) return {};
     Problem problem(Code::slurm_ntasks_unsupported, "SLURM_NTASKS");
     problem.name(static_cast<long long>(count.value));
-    problem.detail.append("give srun or sbatch --ntasks-per-node, not --ntasks");
     return problem;
   }
 

@@ -76,7 +76,7 @@ constexpr Problem contradiction(const Variables& variables, std::initializer_lis
                                 std::string_view rule) {
   Problem problem(Code::environment_half_set, *names.begin());
   for (const std::string_view name : names) {
-    problem.name(name);
+    problem.names.append(problem.names.empty() ? "" : " and ").append(name);
     problem.names.append("=").append(variables.get(name).substr(0, 20));
   }
   problem.detail.append(rule);
