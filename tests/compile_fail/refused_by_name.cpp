@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // [issue-4.2] Names that exist, but do not go together.
-// expect: refused<fabric::Fabric<fabric::Mps, fabric::Ddp,
-// fabric::F32.*mps_drives_one_device.*use_instead<fabric::Fabric<fabric::Mps, fabric::SingleDevice, fabric::F32
+// expect: refused<fabric::Fabric<fabric::Mps, fabric::Ddp.*mps_drives_one_device.*Fabric<fabric::Mps, fabric::Sin
 #include "fabric/config.hpp"
 
 #ifdef FABRIC_TWIN

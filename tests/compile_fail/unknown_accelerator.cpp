@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // [issue-4.2] A type is about one kind of GPU: "gpu" names none.
-// expect: unknown_accelerator<.*given<'g', ?'p', ?'u'>.*did_you_mean<'c', ?'u', ?'d', ?'a'>.*legal<fabric::Cpu,
-// fabric::Cuda
+// expect: unknown_accelerator<.*given<'g', ?'p', ?'u'>.*did_you_mean<'c', ?'u', ?'d', ?'a'>.*fabric::Mps
 #include "fabric/config.hpp"
 
 #ifdef FABRIC_TWIN

@@ -72,10 +72,13 @@ struct State {
   [[nodiscard]] constexpr bool refused_by(RuleId id) const { return rule_of(id).refuses(combination()); }
 };
 
-/// A text in quotes, as messages show it.
+/// A text in quotes, as messages show it: on one line.
 constexpr Text<112> in_quotes(std::string_view text) {
   Text<112> result("'");
-  result.append(text.substr(0, 100)).append("'");
+  for (const char& c : text.substr(0, 100)) {
+    result.append(c == '\n' ? std::string_view("\\n") : std::string_view(&c, 1));
+  }
+  result.append("'");
   return result;
 }
 
