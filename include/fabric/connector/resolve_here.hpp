@@ -12,11 +12,11 @@
 namespace fabric {
 
 /// What these flags and this process's `LT_*` variables come down to on this machine. Throws fabric::Error that names
-/// every problem.
-[[nodiscard]] inline Selection resolve_here(const Flags& flags) {
+/// every problem. `registry` holds a program's own strategies too: `registry_with<Gossip>`.
+[[nodiscard]] inline Selection resolve_here(const Flags& flags, const Registry& registry = built_in_registry) {
   const CapturedVariables variables = capture_variables();
-  const Resolution resolution = resolve(flags, variables, probe_host(variables));
-  if (!resolution.ok()) throw Error(message(resolution.problems));
+  const Resolution resolution = resolve(flags, variables, probe_host(variables), registry);
+  if (!resolution.ok()) throw Error(message(resolution.problems, registry));
   return resolution;
 }
 
