@@ -38,7 +38,6 @@ constexpr void check_strategy_name(State& state) {
     const char l = lower(c);
     state.lowered.append(std::string_view(&l, 1));
   }
-  const Text<112> given = in_quotes(state.lowered);
   state.strategy = state.lowered;
   if (state.strategy == "auto") return;
   if (const StrategyFacts* facts = state.registry.strategy(state.strategy)) {
@@ -48,7 +47,7 @@ constexpr void check_strategy_name(State& state) {
   Nearest nearest(state.strategy);
   nearest.consider("auto");
   for (std::size_t i = 0; i < state.registry.strategy_count; ++i) nearest.consider(state.registry.strategies[i].flag);
-  Problem problem(Code::invalid_strategy_name, "strategy", given);
+  Problem problem(Code::invalid_strategy_name, "strategy", in_quotes(state.strategy));
   problem.nearest = nearest.best;
   state.refuse(problem);
 }
@@ -88,39 +87,37 @@ constexpr void check_apple_gpu(State& state) {
 }
 
 constexpr void check_precision_value(State& state) {
-  Text<112> given;
-  Name text;
-  if (state.precision_given) {
-    const PrecisionFlag& flag = state.flags.precision;
-    if (state.out.sources.precision == Source::flag && flag.form == PrecisionFlag::Form::integer) {
-      // Of numbers only these three are legal, while each of the texts is.
-      text.append(static_cast<long long>(flag.number));
-      given = text.view();
-      state.precision = flag.number == 16 ? "16" : flag.number == 32 ? "32" : flag.number == 64 ? "64" : "";
-    } else {
-      given = in_quotes(state.precision);
-      text.append(state.precision);
-    }
-    for (const PrecisionEntry& entry : precision_entries) {
-      if (entry.flag != state.precision) continue;
-      state.out.precision = *entry.facts;
-      state.precision = entry.facts->flag;
-      state.out.precision_flag = entry.facts->flag;
-      if (entry.discouraged) state.note(Note::precision_alias_discouraged);
-      return;
-    }
-    Nearest nearest(text);
-    for (const PrecisionEntry& entry : precision_entries) {
-      if (!entry.discouraged) nearest.consider(entry.flag);
-    }
-    Problem problem(Code::invalid_precision, "precision", given);
-    problem.nearest = nearest.best;
-    state.refuse(problem);
-  } else if (!state.precision_object) {
+  if (!state.precision_given) {
+    if (state.precision_object) return;
     state.precision = F32::facts.flag;
     state.out.precision = F32::facts;
     state.out.precision_flag = F32::facts.flag;
+    return;
   }
+  const PrecisionFlag& flag = state.flags.precision;
+  const bool number = state.out.sources.precision == Source::flag && flag.form == PrecisionFlag::Form::integer;
+  // Of numbers only these three are legal, while each of the texts is.
+  if (number) state.precision = flag.number == 16 ? "16" : flag.number == 32 ? "32" : flag.number == 64 ? "64" : "";
+  for (const PrecisionEntry& entry : precision_entries) {
+    if (entry.flag != state.precision) continue;
+    state.out.precision = *entry.facts;
+    state.precision = entry.facts->flag;
+    state.out.precision_flag = entry.facts->flag;
+    if (entry.discouraged) state.note(Note::precision_alias_discouraged);
+    return;
+  }
+  Problem problem(Code::invalid_precision, "precision");
+  if (number) {
+    problem.name(flag.number);
+  } else {
+    problem.name(in_quotes(state.precision));
+  }
+  Nearest nearest(number ? problem.names.view() : state.precision);
+  for (const PrecisionEntry& entry : precision_entries) {
+    if (!entry.discouraged) nearest.consider(entry.flag);
+  }
+  problem.nearest = nearest.best;
+  state.refuse(problem);
 }
 
 constexpr void check_plugins(State& state) {

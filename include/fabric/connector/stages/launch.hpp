@@ -122,8 +122,9 @@ constexpr void launch_strategy(State& state, AnyEnvironment environment) {
 /// Stage rules: what the types would refuse.
 constexpr void check_rules(State& state) {
   const Selection& out = state.out;
+  const Combination chosen = state.combination();
   for (const LateRule& late : late_rules) {
-    if (state.refused_by(late.rule)) {
+    if (rule_of(late.rule).refuses(chosen)) {
       Problem problem(late.code, "strategy", shown_strategy(state));
       problem.name(out.accelerator.name).name(out.precision.name);
       return state.refuse(problem);

@@ -21,14 +21,29 @@ constexpr bool cli_was_used(State& state) {
   return number.value != 0;
 }
 
-/// The variable that sets `flag`, if it wins. `text` is the code's value as a text, `shown` as messages show it.
-constexpr Found<Variable> winner(State& state, std::string_view variable, std::string_view flag, std::string_view text,
-                                 std::string_view shown, std::string_view otherwise) {
+/// A flag's value in code, as a text and as messages show it.
+struct CodeValue {
+  Text<112> text;
+  Text<112> shown;
+};
+
+constexpr CodeValue text_value(std::string_view text) { return {text, in_quotes(text)}; }
+constexpr CodeValue object_value(std::string_view name) { return {in_angles(name), in_angles(name)}; }
+constexpr CodeValue number_value(long long number) {
+  const auto text = Text<112>().append(number);
+  return {text, text};
+}
+
+/// The variable that sets `flag`, if it is there and wins over `value`, which is asked for only then.
+constexpr Found<Variable> winner(State& state, std::string_view variable, std::string_view flag,
+                                 std::string_view otherwise, auto value) {
+  if (!state.has_lt_variables) return {};
   const Found<Variable> v = state.variables.find(variable);
   if (!v) return v;
-  if (v->value != text && text != otherwise && cli_was_used(state)) {
+  const CodeValue code = value();
+  if (v->value != code.text.view() && code.text != otherwise && cli_was_used(state)) {
     Problem problem(Code::cli_conflict, flag, flag);
-    problem.name(shown).name(v->value);
+    problem.name(code.shown).name(v->value);
     state.refuse(problem);
     return {};
   }
@@ -37,16 +52,12 @@ constexpr Found<Variable> winner(State& state, std::string_view variable, std::s
 
 constexpr void merge_accelerator(State& state) {
   const AcceleratorFlag& flag = state.flags.accelerator;
-  if (flag.is_object) {
-    state.accelerator_object = Maybe(flag.facts);
-    state.out.sources.accelerator = Source::flag;
-  } else {
-    state.accelerator = flag.text;
-    if (flag.text != "auto") state.out.sources.accelerator = Source::flag;
-  }
-  const Text<112> shown = flag.is_object ? in_angles(flag.facts.name) : in_quotes(flag.text);
-  const std::string_view text = flag.is_object ? shown.view() : flag.text.view();
-  if (const auto v = winner(state, "LT_ACCELERATOR", "accelerator", text, shown, "auto")) {
+  if (flag.is_object) state.accelerator_object = Maybe(flag.facts);
+  if (!flag.is_object) state.accelerator = flag.text;
+  if (flag.is_object || flag.text != "auto") state.out.sources.accelerator = Source::flag;
+  if (const auto v = winner(state, "LT_ACCELERATOR", "accelerator", "auto", [&] {
+        return flag.is_object ? object_value(flag.facts.name) : text_value(flag.text);
+      })) {
     state.accelerator = v->value;
     state.accelerator_object = {};
     state.out.sources.accelerator = Source::variable;
@@ -55,16 +66,12 @@ constexpr void merge_accelerator(State& state) {
 
 constexpr void merge_strategy(State& state) {
   const StrategyFlag& flag = state.flags.strategy;
-  if (flag.is_object) {
-    state.strategy_object = Maybe(flag.object);
-    state.out.sources.strategy = Source::flag;
-  } else {
-    state.strategy = flag.text;
-    if (flag.text != "auto") state.out.sources.strategy = Source::flag;
-  }
-  const Text<112> shown = flag.is_object ? in_angles(flag.object.facts.name) : in_quotes(flag.text);
-  const std::string_view text = flag.is_object ? shown.view() : flag.text.view();
-  if (const auto v = winner(state, "LT_STRATEGY", "strategy", text, shown, "auto")) {
+  if (flag.is_object) state.strategy_object = Maybe(flag.object);
+  if (!flag.is_object) state.strategy = flag.text;
+  if (flag.is_object || flag.text != "auto") state.out.sources.strategy = Source::flag;
+  if (const auto v = winner(state, "LT_STRATEGY", "strategy", "auto", [&] {
+        return flag.is_object ? object_value(flag.object.facts.name) : text_value(flag.text);
+      })) {
     state.strategy = v->value;
     state.strategy_object = {};
     state.out.sources.strategy = Source::variable;
@@ -75,11 +82,11 @@ constexpr void merge_devices(State& state) {
   const DevicesFlag& flag = state.flags.devices;
   state.devices = &flag;
   if (!flag.automatic()) state.out.sources.devices = Source::flag;
-  if (!state.variables.has("LT_DEVICES")) return;
-  const auto text = shown(flag);
-  const bool is_text = flag.form == DevicesFlag::Form::text || flag.form == DevicesFlag::Form::unset;
-  const std::string_view bare = is_text ? text.view().substr(1, text.length - 2U) : text.view();
-  if (const auto v = winner(state, "LT_DEVICES", "devices", bare, text, "auto")) {
+  if (const auto v = winner(state, "LT_DEVICES", "devices", "auto", [&] {
+        if (flag.form == DevicesFlag::Form::unset) return text_value("auto");
+        if (flag.form == DevicesFlag::Form::text) return text_value(flag.text);
+        return CodeValue{shown(flag), shown(flag)};
+      })) {
     state.devices_of_variable = DevicesFlag(v->value);
     state.devices = &state.devices_of_variable;
     state.out.sources.devices = Source::variable;
@@ -88,12 +95,10 @@ constexpr void merge_devices(State& state) {
 
 constexpr void merge_num_nodes(State& state) {
   const NumNodesFlag& flag = state.flags.num_nodes;
-  Name text = flag.text;
-  if (!flag.is_text) text.append(static_cast<long long>(flag.number));
   state.num_nodes = flag.number;
-  if (text != "1") state.out.sources.num_nodes = Source::flag;
-  const Text<112> shown = flag.is_text ? in_quotes(flag.text) : Text<112>(text.view());
-  const auto v = winner(state, "LT_NUM_NODES", "num_nodes", text, shown, "1");
+  if (flag.is_text || flag.number != 1) state.out.sources.num_nodes = Source::flag;
+  const auto v = winner(state, "LT_NUM_NODES", "num_nodes", "1",
+                        [&] { return flag.is_text ? text_value(flag.text) : number_value(flag.number); });
   if (v) state.out.sources.num_nodes = Source::variable;
   if (!v && !flag.is_text) return;
   const std::string_view value = v ? v->value : flag.text.view();
@@ -108,38 +113,30 @@ constexpr void merge_num_nodes(State& state) {
 
 constexpr void merge_precision(State& state) {
   const PrecisionFlag& flag = state.flags.precision;
-  Name text;
-  Text<112> shown("None");
-  switch (flag.form) {
-    case PrecisionFlag::Form::unset: text = "None"; break;
-    case PrecisionFlag::Form::text:
-      text = flag.text;
-      shown = in_quotes(flag.text);
-      break;
-    case PrecisionFlag::Form::integer:
-      text.append(static_cast<long long>(flag.number));
-      shown = text.view();
-      break;
-    case PrecisionFlag::Form::object:
-      text = flag.object.facts.name;
-      shown = in_angles(text);
-      break;
-  }
-  const auto v = winner(state, "LT_PRECISION", "precision", text, shown, "None");
-  state.precision_given =
-      bool(v) || flag.form == PrecisionFlag::Form::text || flag.form == PrecisionFlag::Form::integer;
+  using Form = PrecisionFlag::Form;
+  const auto v = winner(state, "LT_PRECISION", "precision", "None", [&] {
+    switch (flag.form) {
+      case Form::text: return text_value(flag.text);
+      case Form::integer: return number_value(flag.number);
+      case Form::object: return object_value(flag.object.facts.name);
+      case Form::unset: break;
+    }
+    return CodeValue{"None", "None"};
+  });
+  state.precision_given = bool(v) || flag.form == Form::text || flag.form == Form::integer;
   if (v) {
     state.out.sources.precision = Source::variable;
     state.precision = v->value;
-  } else {
-    if (flag.form != PrecisionFlag::Form::unset) state.out.sources.precision = Source::flag;
-    if (flag.form == PrecisionFlag::Form::text) state.precision = flag.text;
-    if (flag.form == PrecisionFlag::Form::object) state.precision_object = Maybe(flag.object);
+    return;
   }
+  if (flag.form != Form::unset) state.out.sources.precision = Source::flag;
+  if (flag.form == Form::text) state.precision = flag.text;
+  if (flag.form == Form::object) state.precision_object = Maybe(flag.object);
 }
 
 /// Stage env_args: each flag is merged with its `LT_` variable, in this order.
 constexpr void merge_variables(State& state) {
+  for (const Variable& v : state.variables) state.has_lt_variables |= v.name.substr(0, 3) == "LT_";
   merge_accelerator(state);
   merge_strategy(state);
   merge_devices(state);

@@ -40,8 +40,9 @@ constexpr void init_precision(State& state) {
     if (state.refused_by(RuleId::bitsandbytes_needs_cuda)) state.refuse(Problem(Code::bnb_needs_cuda, "plugins"));
     return;
   }
+  const Combination chosen = state.combination();
   for (const PrecisionRule& rule : precision_rules) {
-    if (state.refused_by(rule.rule)) {
+    if (rule_of(rule.rule).refuses(chosen)) {
       return state.refuse(Problem(rule.code, "precision", in_quotes(state.precision)));
     }
   }

@@ -44,6 +44,7 @@ struct State {
   const DevicesFlag* devices = nullptr;
   DevicesFlag devices_of_variable{};
   int num_nodes = 1;
+  bool has_lt_variables = false;
   std::string_view precision{};  ///< A unified name such as "bf16-mixed".
   bool precision_given = false;
 
