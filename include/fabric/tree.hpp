@@ -11,19 +11,19 @@
 #include <utility>
 #include <variant>
 
-#include <torch/torch.h>
-#include <boost/hana/concept/struct.hpp>
-#include <boost/hana/members.hpp>
-#include <boost/hana/for_each.hpp>
 #include <boost/hana/accessors.hpp>
+#include <boost/hana/concept/struct.hpp>
+#include <boost/hana/for_each.hpp>
+#include <boost/hana/members.hpp>
 #include <boost/hana/pair.hpp>
 #include <boost/hana/tuple.hpp>
+#include <torch/torch.h>
 
 namespace fabric {
 
 /// A "tree" is a tensor, or a container of trees: a range, map, tuple, pair, optional, variant, `torch::OrderedDict`,
-/// `torch::data::Example`, a structure adapted for Boost.Hana, or a plain aggregate of at most twelve members (no C arrays).
-/// Numbers, enums, texts, devices and dtypes inside are left alone.
+/// `torch::data::Example`, a structure adapted for Boost.Hana, or a plain aggregate of at most twelve members (no C
+/// arrays). Numbers, enums, texts, devices and dtypes inside are left alone.
 namespace tree {
 
 template <class T>
@@ -32,9 +32,9 @@ using Bare = std::remove_cvref_t<T>;
 /// Holds no tensor and is passed over.
 template <class T>
 concept Leaf = std::is_arithmetic_v<Bare<T>> || std::is_enum_v<Bare<T>> || std::is_empty_v<Bare<T>> ||
-               std::convertible_to<T, std::string_view> || std::same_as<Bare<T>, torch::Device> ||
-               std::same_as<Bare<T>, c10::Scalar> || std::same_as<Bare<T>, caffe2::TypeMeta> ||
-               std::same_as<Bare<T>, std::nullptr_t>;
+    std::convertible_to<T, std::string_view> || std::same_as<Bare<T>, torch::Device> ||
+    std::same_as<Bare<T>, c10::Scalar> || std::same_as<Bare<T>, caffe2::TypeMeta> ||
+    std::same_as<Bare<T>, std::nullptr_t>;
 
 template <class T>
 concept Range = requires(T& value) {
@@ -43,20 +43,21 @@ concept Range = requires(T& value) {
 };
 
 template <class T>
-concept TupleLike = requires { std::tuple_size<Bare<T>>::value; } && !Range<Bare<T>>;
+concept TupleLike = !Range<Bare<T>> && requires {
+  std::tuple_size<Bare<T>>::value;
+};
 
 template <class T>
-concept OptionalLike = requires(T& value) {
+concept OptionalLike = requires(Bare<T>& value) {
   value.has_value();
   *value;
   value.reset();
 };
 
 template <class T>
-concept ExampleLike = requires(T& value) {
-  value.data;
-  value.target;
-} && !std::is_aggregate_v<Bare<T>>;
+inline constexpr bool is_example = false;
+template <class Data, class Target>
+inline constexpr bool is_example<torch::data::Example<Data, Target>> = true;
 
 template <class T>
 concept DictionaryItem = requires(T& value) {
@@ -77,7 +78,8 @@ struct AnyField {
 template <class T, class... Fields>
 constexpr std::size_t count_fields() {
   if constexpr (requires { T{Fields{}..., AnyField{}}; }) {
-    static_assert(sizeof...(Fields) < 12, "fabric: a structure of tensors has at most twelve members; adapt it with BOOST_HANA_ADAPT_STRUCT");
+    static_assert(sizeof...(Fields) < 12,
+                  "fabric: a structure of tensors has at most twelve members; adapt it with BOOST_HANA_ADAPT_STRUCT");
     return count_fields<T, Fields..., AnyField>();
   } else {
     return sizeof...(Fields);
@@ -149,25 +151,27 @@ constexpr void for_each(T& value, Visit&& visit) {
     std::apply([&](auto&... items) { (for_each(items, visit), ...); }, value);
   } else if constexpr (OptionalLike<T>) {
     if (value.has_value()) for_each(*value, visit);
-  } else if constexpr (ExampleLike<T>) {
+  } else if constexpr (is_example<Bare<T>>) {
     for_each(value.data, visit);
-    for_each(value.target, visit);
+    if constexpr (requires { value.target; }) for_each(value.target, visit);
   } else if constexpr (DictionaryItem<T>) {
     for_each(value.value(), visit);
   } else if constexpr (std::is_aggregate_v<Bare<T>>) {
     auto members = fields(value);
     std::apply([&](auto&... items) { (for_each(items, visit), ...); }, members);
   } else {
-    static_assert(cannot_be_searched<T>,
-                  "fabric: cannot look for tensors in this type: use a tensor, a container, a tuple or an aggregate of them, "
-                  "or adapt the type with BOOST_HANA_ADAPT_STRUCT");
+    static_assert(
+        cannot_be_searched<T>,
+        "fabric: cannot look for tensors in this type: use a tensor, a container, a tuple or an aggregate of them, "
+        "or adapt the type with BOOST_HANA_ADAPT_STRUCT");
   }
 }
 
-/// A copy of `value` in which `change(tensor)` stands for each tensor. Undefined tensors stay.
+/// A copy of `value` in which `change(tensor)` stands for each tensor. Undefined tensors stay. (A text literal becomes
+/// a pointer.)
 template <class T, class Change>
-[[nodiscard]] Bare<T> map(T&& value, Change&& change) {
-  Bare<T> result = std::forward<T>(value);
+[[nodiscard]] std::decay_t<T> map(T&& value, Change&& change) {
+  std::decay_t<T> result = std::forward<T>(value);
   for_each(result, [&](at::Tensor& tensor) {
     if (tensor.defined()) tensor = change(std::as_const(tensor));
   });

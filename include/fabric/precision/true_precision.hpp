@@ -1,6 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <vector>
+
+#include <torch/torch.h>
+
 #include "fabric/precision/autocast.hpp"
 #include "fabric/precision/precision_plugin.hpp"
 
@@ -27,7 +31,8 @@ class PrecisionPlugin<F32> {
 
 namespace detail {
 
-/// Weights, inputs and arithmetic in one dtype; outputs come back in the default dtype, so that a loss keeps its digits.
+/// Weights, inputs and arithmetic in one dtype; outputs come back in the default dtype, so that a loss keeps its
+/// digits.
 template <class P>
 class TruePrecision {
  public:
@@ -41,7 +46,17 @@ class TruePrecision {
     explicit ForwardContext(at::DeviceType /*device*/) : DefaultDtypeGuard(dtype) {}
   };
 
-  static void convert_module(torch::nn::Module& module) { module.to(dtype); }
+  static void convert_module(torch::nn::Module& module) {
+    // Not module.to(dtype), which takes integer buffers along, such as BatchNorm's count of batches.
+    const auto convert = [](std::vector<at::Tensor> tensors) {
+      for (at::Tensor& tensor : tensors) {
+        if (tensor.is_floating_point()) tensor.set_data(tensor.to(dtype));
+      }
+    };
+    const at::NoGradGuard no_grad;
+    convert(module.parameters());
+    convert(module.buffers());
+  }
   template <class T>
   static auto convert_input(T&& value) {
     return cast_floats(std::forward<T>(value), dtype);
