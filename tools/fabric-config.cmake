@@ -5,7 +5,7 @@
 @PACKAGE_INIT@
 
 include(CMakeFindDependencyMacro)
-find_dependency(Boost 1.74)
+find_dependency(Boost 1.74 CONFIG)
 include(${CMAKE_CURRENT_LIST_DIR}/fabric-config-target.cmake)
 set(fabric_config_FOUND TRUE)
 
