@@ -1,6 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <type_traits>
 
+#include <boost/hana/first.hpp>
+#include <boost/hana/for_each.hpp>
+#include <boost/hana/second.hpp>
 #include <boost/hana/string.hpp>
 
 #include "fabric/config.hpp"
@@ -51,6 +54,20 @@ TEST_CASE("Hana maps lead from flag names to policies", "[issue-4.3]") {
   constexpr auto gossip = BOOST_HANA_STRING("gossip");
   STATIC_REQUIRE(map[ddp] == boost::hana::type_c<Ddp>);
   STATIC_REQUIRE(map[gossip] == boost::hana::type_c<Gossip>);
+}
+
+TEST_CASE("the Hana maps and the registry name the same policies", "[issue-4.3]") {
+  std::size_t strategies = 0;
+  boost::hana::for_each(strategies_by_flag<Gossip>, [&](auto entry) {
+    const auto* facts = mine.strategy(boost::hana::first(entry).c_str());
+    INFO(boost::hana::first(entry).c_str());
+    REQUIRE(facts != nullptr);
+    CHECK(*facts == decltype(+boost::hana::second(entry))::type::facts);
+    ++strategies;
+  });
+  CHECK(strategies == mine.strategy_count);
+  boost::hana::for_each(accelerators_by_flag<Npu>,
+                        [&](auto entry) { CHECK(mine.accelerator(boost::hana::first(entry).c_str()) != nullptr); });
 }
 
 TEST_CASE("types from strings", "[issue-4.2]") {

@@ -158,4 +158,31 @@ inline constexpr Registry registry_with{detail::ExtendedRegistry<Policies...>::s
 template <class... Policies>
 inline constexpr auto by_flag = boost::hana::make_map(detail::by_flag(boost::hana::type_c<Policies>)...);
 
+/// All accelerators by flag, the program's own behind the library's. Instantiated only where it is used, since a large
+/// map costs compile time; at run time and in `resolve`, `Registry` says the same.
+template <class... Extra>
+inline constexpr auto accelerators_by_flag = by_flag<Cpu, Cuda, Mps, Xla, Extra...>;
+
+/// All strategies by flag, likewise. `deepspeed` and `single_tpu` are other names of `deepspeed_stage_2` and
+/// `single_xla`.
+template <class... Extra>
+inline constexpr auto strategies_by_flag = boost::hana::make_map(
+    boost::hana::make_pair(boost::hana::string_c<'d', 'e', 'e', 'p', 's', 'p', 'e', 'e', 'd'>,
+                           boost::hana::type_c<DeepSpeed<>>),
+    boost::hana::make_pair(boost::hana::string_c<'s', 'i', 'n', 'g', 'l', 'e', '_', 't', 'p', 'u'>,
+                           boost::hana::type_c<SingleDeviceXla>),
+    detail::by_flag(boost::hana::type_c<Ddp>), detail::by_flag(boost::hana::type_c<DdpSpawn>),
+    detail::by_flag(boost::hana::type_c<DdpFork>), detail::by_flag(boost::hana::type_c<DdpNotebook>),
+    detail::by_flag(boost::hana::type_c<DdpFindUnusedParameters>), detail::by_flag(boost::hana::type_c<DataParallel>),
+    detail::by_flag(boost::hana::type_c<DeepSpeed<1>>),
+    detail::by_flag(boost::hana::type_c<DeepSpeed<1, Offload::cpu>>),
+    detail::by_flag(boost::hana::type_c<DeepSpeed<2>>),
+    detail::by_flag(boost::hana::type_c<DeepSpeed<2, Offload::cpu>>),
+    detail::by_flag(boost::hana::type_c<DeepSpeed<3>>),
+    detail::by_flag(boost::hana::type_c<DeepSpeed<3, Offload::cpu>>),
+    detail::by_flag(boost::hana::type_c<DeepSpeed<3, Offload::nvme>>), detail::by_flag(boost::hana::type_c<Fsdp>),
+    detail::by_flag(boost::hana::type_c<FsdpCpuOffload>), detail::by_flag(boost::hana::type_c<SingleDevice>),
+    detail::by_flag(boost::hana::type_c<SingleDeviceXla>), detail::by_flag(boost::hana::type_c<XlaFsdp>),
+    detail::by_flag(boost::hana::type_c<XlaDdp>), detail::by_flag(boost::hana::type_c<Extra>)...);
+
 }  // namespace fabric

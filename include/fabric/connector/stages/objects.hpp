@@ -104,9 +104,6 @@ constexpr void check_objects(State& state) {
     if (problem.code != Code::none) state.refuse(problem);
   };
   const Flags& flags = state.flags;
-  if (flags.accelerator.is_object && flags.accelerator.facts.device == DeviceType::xla && !state.host.xla_engine) {
-    keep({Code::missing_torch_xla, "accelerator"});
-  }
   const auto note_idle_scaler = [&](const PrecisionObject& object) {
     if (scaler_is_idle(object, state.host)) state.note(Note::scaler_disabled_no_cuda);
   };
@@ -120,6 +117,9 @@ constexpr void check_objects(State& state) {
     note_srun(flags.strategy.object.environment);
   }
   if (flags.strategy.is_object) keep(check_strategy_object(flags.strategy.object, state.variables, state.host));
+  if (flags.accelerator.is_object && flags.accelerator.facts.device == DeviceType::xla && !state.host.xla_engine) {
+    keep({Code::missing_torch_xla, "accelerator"});
+  }
   for (const Plugin& plugin : flags.plugins) {
     switch (plugin.kind) {
       case Plugin::Kind::precision:
