@@ -87,7 +87,7 @@ inline std::string_view environment_difference(const Json& row) {
   const std::string name = row["class"];
   if (name == "LSFEnvironment" && env.contains("MASTER_ADDR")) {
     const std::string main = lsf_main_host(row);
-    if (!main.empty() && main != env["MASTER_ADDR"]) return "lsf_master_addr";
+    if (!main.empty() && main != env["MASTER_ADDR"].get<std::string>()) return "lsf_master_addr";
   }
   if (name == "SLURMEnvironment" && !env.contains("MASTER_ADDR") && slurm_is_made(env)) {
     if (env.contains("SLURM_NODELIST")) {

@@ -92,6 +92,6 @@ TEST_CASE("the registry's names are those of the reference", "[issue-4.3]") {
   for (const auto& [name, entry] : registry["accelerators"].items()) {
     INFO(name);
     REQUIRE(fabric::built_in_registry.accelerator(name) != nullptr);
-    CHECK(class_of(fabric::built_in_registry.accelerator(name)->name) == entry["class"]);
+    CHECK(class_of(fabric::built_in_registry.accelerator(name)->name) == entry["class"].get<std::string>());
   }
 }

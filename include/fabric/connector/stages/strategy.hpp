@@ -19,19 +19,14 @@ constexpr void choose_strategy(State& state) {
       out.strategy = SingleDeviceXla::facts;
       out.single_device = {DeviceType::xla, out.devices[0]};
     }
-  } else if (out.num_nodes > 1) {
-    state.strategy = Ddp::facts.flag;
-    out.strategy = Ddp::facts;
-  } else if (out.devices.count <= 1) {
+  } else if (out.num_nodes == 1 && out.devices.count <= 1) {
     out.strategy = SingleDevice::facts;
     const bool gpu = device == DeviceType::cuda || device == DeviceType::mps;
     out.single_device = gpu ? Device{device, out.devices[0]} : Device{};
-  } else if (state.host.interactive) {
-    state.strategy = DdpFork::facts.flag;
-    out.strategy = DdpFork::facts;
   } else {
-    state.strategy = Ddp::facts.flag;
-    out.strategy = Ddp::facts;
+    const bool notebook = out.num_nodes == 1 && state.host.interactive;
+    out.strategy = notebook ? DdpFork::facts : Ddp::facts;
+    state.strategy = notebook ? DdpFork::facts.flag : Ddp::facts.flag;
   }
 }
 
