@@ -129,11 +129,10 @@ constexpr Name nearest_precision(const Name& given) {
   for (const PrecisionEntry& entry : precision_entries) nearest.consider(entry.flag);
   return nearest.best;
 }
-constexpr const PrecisionFacts* precision_of(std::string_view flag) {
-  for (const PrecisionEntry& entry : precision_entries) {
-    if (entry.flag == flag) return entry.facts;
-  }
-  return nullptr;
+constexpr std::size_t find_precision(std::string_view flag) {
+  std::size_t i = 0;
+  while (i < precision_entries.size() && precision_entries[i].flag != flag) ++i;
+  return i;
 }
 
 /// A machine that has this accelerator: types are not about the machine that compiles them.
@@ -162,25 +161,24 @@ namespace detail {
 enum class Unknown : std::uint8_t { nothing, accelerator, strategy, precision };
 
 template <Name accelerator, Name strategy, Name precision, class... Extra>
-inline constexpr Unknown unknown_name = registry_with<Extra...>.accelerator(accelerator) == nullptr
-                                            ? Unknown::accelerator
-                                        : registry_with<Extra...>.strategy(strategy) == nullptr ? Unknown::strategy
-                                        : precision_of(precision) == nullptr                    ? Unknown::precision
+inline constexpr Unknown unknown_name = !registry_with<Extra...>.has_accelerator(accelerator)   ? Unknown::accelerator
+                                        : !registry_with<Extra...>.has_strategy(strategy)       ? Unknown::strategy
+                                        : find_precision(precision) == precision_entries.size() ? Unknown::precision
                                                                                                 : Unknown::nothing;
 
 template <Unknown unknown, Name accelerator, Name strategy, Name precision, class... Extra>
 struct FabricFromFlags {
   static constexpr const Registry& registry = registry_with<Extra...>;
   static constexpr auto find_type() {
-    constexpr std::size_t a = place_of<AllAccelerators<Extra...>>(*registry.accelerator(accelerator));
-    constexpr std::size_t s = place_of<AllStrategies<Extra...>>(*registry.strategy(strategy));
-    constexpr std::size_t p = place_of<AllPrecisions<>>(*precision_of(precision));
+    constexpr std::size_t a = place_of<AllAccelerators<Extra...>>(registry.accelerator(accelerator));
+    constexpr std::size_t s = place_of<AllStrategies<Extra...>>(registry.strategy(strategy));
+    constexpr std::size_t p = place_of<AllPrecisions<>>(*precision_entries[find_precision(precision)].facts);
     if constexpr (diagnose<typename PolicyAt<AllAccelerators<Extra...>, a>::type,
                            typename PolicyAt<AllStrategies<Extra...>, s>::type,
                            typename PolicyAt<AllPrecisions<>, p>::type>()) {
       constexpr Selection selection =
           resolve({.accelerator = accelerator.view(), .strategy = strategy.view(), .precision = precision.view()}, {},
-                  host_with(registry.accelerator(accelerator)->device), registry);
+                  host_with(registry.accelerator(accelerator).device), registry);
       return boost::hana::type_c<fabric_of<selection, Extra...>>;
     }
   }

@@ -52,19 +52,33 @@ struct Registry {
   const AcceleratorEntry* accelerators;
   std::size_t accelerator_count;
 
-  /// The strategy of that name, or null.
-  [[nodiscard]] constexpr const StrategyFacts* strategy(std::string_view flag) const {
-    for (std::size_t i = 0; i < strategy_count; ++i) {
-      if (strategies[i].flag == flag) return strategies[i].facts;
-    }
-    return nullptr;
+  /// The place of the strategy of that name; `strategy_count` when there is none.
+  [[nodiscard]] constexpr std::size_t find_strategy(std::string_view flag) const {
+    std::size_t i = 0;
+    while (i < strategy_count && strategies[i].flag != flag) ++i;
+    return i;
   }
-  /// The accelerator of that name, or null.
-  [[nodiscard]] constexpr const AcceleratorFacts* accelerator(std::string_view flag) const {
-    for (std::size_t i = 0; i < accelerator_count; ++i) {
-      if (accelerators[i].flag == flag) return accelerators[i].facts;
-    }
-    return nullptr;
+  /// The place of the accelerator of that name; `accelerator_count` when there is none.
+  [[nodiscard]] constexpr std::size_t find_accelerator(std::string_view flag) const {
+    std::size_t i = 0;
+    while (i < accelerator_count && accelerators[i].flag != flag) ++i;
+    return i;
+  }
+  // Whether there is one is no comparison of a pointer with null, which g++ 12 takes for no constant expression when it
+  // instruments for undefined behaviour.
+  [[nodiscard]] constexpr bool has_strategy(std::string_view flag) const {
+    return find_strategy(flag) < strategy_count;
+  }
+  [[nodiscard]] constexpr bool has_accelerator(std::string_view flag) const {
+    return find_accelerator(flag) < accelerator_count;
+  }
+  /// The strategy of that name, which there is.
+  [[nodiscard]] constexpr const StrategyFacts& strategy(std::string_view flag) const {
+    return *strategies[find_strategy(flag)].facts;
+  }
+  /// The accelerator of that name, which there is.
+  [[nodiscard]] constexpr const AcceleratorFacts& accelerator(std::string_view flag) const {
+    return *accelerators[find_accelerator(flag)].facts;
   }
 };
 

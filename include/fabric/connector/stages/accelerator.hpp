@@ -39,7 +39,7 @@ constexpr void choose_accelerator(State& state) {
     }
   }
   out.accelerator_flag = state.accelerator;
-  out.accelerator = *state.registry.accelerator(state.accelerator);
+  out.accelerator = state.registry.accelerator(state.accelerator);
 }
 
 /// The devices of an accelerator that counts its own: a number, or digits.

@@ -40,8 +40,8 @@ constexpr void check_strategy_name(State& state) {
   }
   state.strategy = state.lowered;
   if (state.strategy == "auto") return;
-  if (const StrategyFacts* facts = state.registry.strategy(state.strategy)) {
-    state.out.strategy = *facts;
+  if (const std::size_t place = state.registry.find_strategy(state.strategy); place < state.registry.strategy_count) {
+    state.out.strategy = *state.registry.strategies[place].facts;
     return;
   }
   Nearest nearest(state.strategy);
@@ -54,7 +54,7 @@ constexpr void check_strategy_name(State& state) {
 
 constexpr void check_accelerator_name(State& state) {
   if (state.accelerator_object || state.accelerator == "auto" || state.accelerator == "gpu") return;
-  if (state.registry.accelerator(state.accelerator) != nullptr) return;
+  if (state.registry.has_accelerator(state.accelerator)) return;
   Nearest nearest(state.accelerator);
   nearest.consider("auto");
   nearest.consider("gpu");
