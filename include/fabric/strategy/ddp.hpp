@@ -6,12 +6,14 @@
 #include <concepts>
 #include <cstdint>
 #include <memory>
+#include <sstream>
 #include <string>
 #include <tuple>
 #include <unordered_map>
 #include <utility>
 #include <vector>
 
+#include <torch/csrc/distributed/c10d/logger.hpp>
 #include <torch/torch.h>
 
 #include "fabric/comm/world.hpp"
@@ -27,10 +29,10 @@ namespace fabric {
 
 /// What may be tuned of `Ddp`.
 struct DdpOptions {
-  bool static_graph = false;              ///< Every step uses the same parameters: found out once, in the first.
-  bool gradient_as_bucket_view = true;    ///< Gradients lie in the buckets themselves, which saves a copy of each.
-  bool broadcast_buffers = true;          ///< Buffers (BatchNorm's statistics) are rank 0's before each training forward.
-  double bucket_cap_mb = 25;              ///< Size of the gradient buckets. The first one is 1 MB, to start early.
+  bool static_graph = false;            ///< Every step uses the same parameters: found out once, in the first.
+  bool gradient_as_bucket_view = true;  ///< Gradients lie in the buckets themselves, which saves a copy of each.
+  bool broadcast_buffers = true;        ///< Buffers (BatchNorm's statistics) are rank 0's before each training forward.
+  double bucket_cap_mb = 25;            ///< Size of the gradient buckets. The first one is 1 MB, to start early.
   GradientCompression compression = GradientCompression::none;
   std::chrono::milliseconds timeout{std::chrono::minutes(30)};  ///< Of each collective.
 };
@@ -44,12 +46,11 @@ class DdpModule {
     group_ = world.group;
     options_ = options;
     find_unused_parameters_ = find_unused_parameters;
-    std::unordered_map<size_t, std::string> names;
     std::vector<at::Tensor> replicated;
     for (const auto& item : module.named_parameters()) {
       replicated.push_back(item.value().detach());
       if (!item.value().requires_grad()) continue;
-      names.emplace(parameters_.size(), item.key());
+      names_.emplace(parameters_.size(), item.key());
       parameters_.push_back(item.value());
     }
     buffers_ = module.buffers();
@@ -70,7 +71,9 @@ class DdpModule {
                                        .first_bucket_bytes = first_capacity,
                                        .find_unused_parameters = find_unused_parameters,
                                        .gradient_as_bucket_view = options.gradient_as_bucket_view,
-                                       .names = std::move(names)});
+                                       .names = names_});
+    logger_ = std::make_shared<c10d::Logger>(reducer_);
+    reducer_->set_logger(logger_);
     if (options.static_graph) reducer_->set_static_graph();
     if (options.compression != GradientCompression::none) {
       reducer_->register_comm_hook(std::make_unique<CompressionHook>(group_, options.compression));
@@ -81,8 +84,10 @@ class DdpModule {
   template <class Run>
   auto forward(Run&& run) {
     if (!reducer_ || !at::GradMode::is_enabled()) return std::forward<Run>(run)();
-    if (sync_gradients) naming_unused([&] { reducer_->prepare_for_forward(); });
-    reducer_->rebuild_buckets();
+    naming_unused([&] {  // both look at how the last backward ended
+      if (sync_gradients) reducer_->prepare_for_forward();
+      reducer_->rebuild_buckets();
+    });
     if (sync_gradients && options_.broadcast_buffers && !buffers_.empty()) broadcast(buffers_);
     auto output = std::forward<Run>(run)();
     if (sync_gradients) {
@@ -118,8 +123,10 @@ class DdpModule {
     for (const at::Tensor& parameter : parameters_) {
       if (!parameter.grad().defined()) continue;
       throw Error(
-          "fabric: Ddp: the gradients were not averaged over the ranks, since no forward of this module went through what "
-          "`setup` returned (outside no_backward_sync) since the last zero_grad. Call the wrapped module, and other methods "
+          "fabric: Ddp: the gradients were not averaged over the ranks, since no forward of this module went through "
+          "what "
+          "`setup` returned (outside no_backward_sync) since the last zero_grad. Call the wrapped module, and other "
+          "methods "
           "by `mark_forward_method`");
     }
   }
@@ -133,14 +140,16 @@ class DdpModule {
     if (!tensors.empty()) c10d::broadcast_coalesced(group_, tensors, bytes_at_once);
   }
 
-  /// With a static graph the first backward finds out how often each parameter is used; reducing waits until it is over.
+  /// With a static graph the first backward finds out how often each parameter is used; reducing waits until it is
+  /// over.
   [[nodiscard]] bool delays_first_all_reduce() const { return options_.static_graph && !first_backward_seen_; }
   void delay_first_all_reduce(const std::vector<at::Tensor>& outputs) {
     for (const at::Tensor& output : outputs) {
       if (!output.requires_grad()) continue;
       output.register_hook([this](const at::Tensor& /*gradient*/) {
         if (std::exchange(first_backward_seen_, true)) return;
-        torch::autograd::Engine::get_default_engine().queue_callback([reducer = reducer_] { reducer->delay_all_reduce(); });
+        torch::autograd::Engine::get_default_engine().queue_callback(
+            [reducer = reducer_] { reducer->delay_all_reduce(); });
       });
     }
   }
@@ -150,26 +159,18 @@ class DdpModule {
   void naming_unused(Check&& check) {
     try {
       check();
-    } catch (const c10::Error&) {
-      // The reducer says which ones only at a higher debug level, and only checks: asking again changes nothing.
-      const auto level = c10d::debug_level();
-      c10d::setDebugLevel(c10d::DebugLevel::Info);
-      std::string reason;
-      try {
-        check();
-      } catch (const c10::Error& error) {
-        reason = error.what_without_backtrace();
-      }
-      c10d::setDebugLevel(level);
-      const std::string marker = "did not receive grad for rank ";
-      const auto at = reason.find(marker);
+    } catch (const c10::Error& error) {
+      const std::string reason = error.what_without_backtrace();
+      const auto at = reason.find("indices which did not receive grad for rank ");
       if (at == std::string::npos) throw;
-      const auto names = reason.find(": ", at);
-      throw Error("fabric: Ddp: these parameters took no part in the loss, so that their gradients cannot be averaged: " +
-                  (names == std::string::npos ? reason
-                                              : reason.substr(names + 2, reason.find('\n', names) - names - 2)) +
-                  ". Use DdpFindUnusedParameters (ddp_find_unused_parameters_true), or leave them out by "
-                  "requires_grad_(false)");
+      std::istringstream indices(reason.substr(reason.find(": ", at) + 2));
+      std::string unused;
+      for (std::size_t index = 0; indices >> index;) unused += (unused.empty() ? "" : ", ") + names_.at(index);
+      throw Error(
+          "fabric: Ddp: these parameters took no part in the loss, so that their gradients cannot be averaged: " +
+          unused +
+          ". Use DdpFindUnusedParameters (ddp_find_unused_parameters_true), or leave them out by "
+          "requires_grad_(false)");
     }
   }
 
@@ -179,8 +180,10 @@ class DdpModule {
   bool first_backward_seen_ = false;
   bool went_through_forward_ = false;
   std::vector<at::Tensor> parameters_;
+  std::unordered_map<size_t, std::string> names_;  // of parameters_, by index
   std::vector<at::Tensor> buffers_;
   std::shared_ptr<c10d::Reducer> reducer_;
+  std::shared_ptr<c10d::Logger> logger_;  // the reducer crashes without one when the unused parameters change
 };
 
 namespace detail {
@@ -209,7 +212,9 @@ class DdpEngine {
 
   explicit DdpEngine(const Options& options) : options_(options) {}
 
-  World launch(const Selection& selection, at::Device device) { return join_world(selection, device, options_.timeout); }
+  World launch(const Selection& selection, at::Device device) {
+    return join_world(selection, device, options_.timeout);
+  }
   void setup(ModuleState& state, torch::nn::Module& module, const World& world) {
     state.setup(module, world, options_, find_unused_parameters);
   }
@@ -233,13 +238,13 @@ inline constexpr bool has_collectives = std::same_as<A, Cpu> || (std::same_as<A,
 }  // namespace detail
 
 template <class A>
-  requires detail::has_collectives<A>
+requires detail::has_collectives<A>
 class Engine<A, Ddp> : public detail::DdpEngine<A, false> {
   using detail::DdpEngine<A, false>::DdpEngine;
 };
 
 template <class A>
-  requires detail::has_collectives<A>
+requires detail::has_collectives<A>
 class Engine<A, DdpFindUnusedParameters> : public detail::DdpEngine<A, true> {
   using detail::DdpEngine<A, true>::DdpEngine;
 };
