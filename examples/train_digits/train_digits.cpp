@@ -112,16 +112,18 @@ int main(int argc, char** argv) try {
   app.add_option("--log", arguments.log, "CSV file for the loss of each step");
   app.add_option("--data", arguments.data)->capture_default_str()->check(CLI::ExistingFile);
   app.add_flag("--no-shuffle", arguments.no_shuffle, "the same order in each epoch");
+  bool explained = false;
+  app.add_flag("--explain", explained, "say what the flags come down to, and stop");
   CLI11_PARSE(app, argc, argv);
 
-  const Selection selection = resolve_here(arguments.flags);
-  visit_selected<DigitsMenu>(selection, [&](auto entry) {
-    using F = typename decltype(entry)::type;
-    typename F::Options options;
-    if (!arguments.log.empty()) options.loggers.push_back(std::make_shared<CsvLogger>(arguments.log));
-    F fabric(selection, std::move(options));
-    train(fabric, arguments);
-  });
+  if (explained) {
+    const CapturedVariables variables = capture_variables();
+    std::cout << to_text(explain(arguments.flags, variables, probe_host(variables)));
+    return 0;
+  }
+  std::vector<std::shared_ptr<Logger>> loggers;
+  if (!arguments.log.empty()) loggers.push_back(std::make_shared<CsvLogger>(arguments.log));
+  dispatch<DigitsMenu>(arguments.flags, [&](auto& fabric) { train(fabric, arguments); }, loggers);
   return 0;
 } catch (const std::exception& error) {
   std::cerr << "train_digits: " << error.what() << '\n';

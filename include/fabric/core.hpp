@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <cstdio>
 #include <functional>
@@ -28,6 +29,7 @@
 #include "fabric/module/clip_gradients.hpp"
 #include "fabric/module/fabric_module.hpp"
 #include "fabric/module/fabric_optimizer.hpp"
+#include "fabric/module/parameters.hpp"
 #include "fabric/policy/diagnose.hpp"
 #include "fabric/precision/precision_plugin.hpp"
 #include "fabric/strategy/engine_diagnosis.hpp"
@@ -67,14 +69,23 @@ class Fabric {
   /// Runs on what the connector selected; `options.devices` and `num_nodes` are the selection's. Throws fabric::Error if
   /// the selection is of other policies.
   explicit Fabric(const Selection& selection, Options options = {})
-      : selection_(selection), engine_(options.strategy), loggers_(std::move(options.loggers)),
+      : selection_(selection), engine_(merged(options.strategy, selection)), loggers_(std::move(options.loggers)),
         callbacks_(std::move(options.callbacks)), device_(device_of(selection, 0)) {
     constexpr Combination own = combination_v<Accelerator, Strategy, Precision, Environment>;
     if (!selects(selection, own)) {
       throw Error("fabric: this is a " + name_of(own) + ", but the selection says " +
                   name_of({selection.accelerator, selection.strategy, selection.precision}));
     }
-    if constexpr (!is_parallel(Strategy::facts)) activate(device_);
+    if constexpr (is_parallel(Strategy::facts)) {
+      // Before launch() a process that somebody else started has a rank already, and only rank 0 may print.
+      world_.size = selection.world_size.value;
+      world_.global_rank = selection.global_rank.value;
+      world_.local_rank = selection.local_rank.value;
+      world_.node_rank = selection.node_rank.value;
+    } else {
+      activate(device_);
+    }
+    world_.device = device_;
   }
 
   Fabric(const Fabric&) = delete;
@@ -87,6 +98,7 @@ class Fabric {
     world_ = engine_.launch(selection_, device_);
     device_ = device_of(selection_, world_.local_rank);
     activate(device_);
+    world_.device = device_;
     launched_ = true;
   }
   /// `launch()`, then `function(*this, arguments...)` in all processes. Returns what that returns.
@@ -147,17 +159,17 @@ class Fabric {
   /// Throws fabric::Error for a norm that is not finite.
   template <class M>
   at::Tensor clip_gradients(const FabricModule<M, Engine, Plugin>& model, const ClipNorm& clip) {
-    return fabric::clip_gradients(named_parameters(model.module()), clip);
+    return fabric::clip_gradients(parameters_of(model.module()), clip);
   }
   /// Clips each element of the gradients.
   template <class M>
   void clip_gradients(const FabricModule<M, Engine, Plugin>& model, const ClipValue& clip) {
-    fabric::clip_gradients(named_parameters(model.module()), clip);
+    fabric::clip_gradients(parameters_of(model.module()), clip);
   }
   /// Clips the gradients of an optimizer's parameters alone.
   template <class O, class Clip>
   auto clip_gradients(const FabricOptimizer<O, Engine>& optimizer, const Clip& clip) {
-    return fabric::clip_gradients(named_parameters(optimizer.optimizer()), clip);
+    return fabric::clip_gradients(parameters_of(optimizer.optimizer()), clip);
   }
 
   /// While the result lives, forward and backward of `model` keep gradients local, to accumulate over several batches
@@ -175,6 +187,7 @@ class Fabric {
   /// The tensors of a tree, or a module, on this rank's device.
   template <class T>
   [[nodiscard]] tree::Bare<T> to_device(T&& value) const {
+    require_launch("to_device");
     if constexpr (ModuleArgument<T>) {
       auto module = detail::shared_module(value);
       module->to(device_);
@@ -194,7 +207,8 @@ class Fabric {
   /// Runs `function` on global rank 0 (with `local`: on each node's local rank 0) before the other ranks do, so that the
   /// first finds nothing and the others what it made, such as a download. Returns what `function` returns.
   template <class Function>
-  auto rank_zero_first(Function&& function, bool local = false) {
+  auto rank_zero_first(Function&& function, bool local = false) const {
+    require_launch("rank_zero_first");
     const bool first = local ? world_.local_rank == 0 : is_global_zero();
     if (!first) barrier();
     if constexpr (std::is_void_v<std::invoke_result_t<Function>>) {
@@ -239,29 +253,36 @@ class Fabric {
   }
 
   /// Waits for all ranks.
-  void barrier() const { fabric::barrier(world_); }
+  void barrier() const {
+    require_launch("barrier");
+    fabric::barrier(world_);
+  }
   /// See fabric::all_reduce: a tree combined over the ranks, on all of them.
   template <class T>
   [[nodiscard]] auto all_reduce(T&& value, ReduceOp op = ReduceOp::mean) const {
+    require_launch("all_reduce");
     return fabric::all_reduce(world_, std::forward<T>(value), op);
   }
   /// See fabric::reduce: combined on rank `root` alone.
   template <class T>
   [[nodiscard]] auto reduce(T&& value, ReduceOp op = ReduceOp::mean, int root = 0) const {
+    require_launch("reduce");
     return fabric::reduce(world_, std::forward<T>(value), op, root);
   }
   /// See fabric::all_gather: (world size, *shape) for each tensor of the tree.
   template <class T>
   [[nodiscard]] auto all_gather(T&& value) const {
+    require_launch("all_gather");
     return fabric::all_gather(world_, std::forward<T>(value));
   }
   /// Rank `root`'s tree, text or number, on all ranks.
   template <class T>
   [[nodiscard]] auto broadcast(T&& value, int root = 0) const {
+    require_launch("broadcast");
     if constexpr (std::is_convertible_v<T, std::string>) {
-      return fabric::broadcast(world_, std::string(std::forward<T>(value)), device_, root);
+      return fabric::broadcast(world_, std::string(std::forward<T>(value)), root);
     } else if constexpr (std::is_arithmetic_v<tree::Bare<T>>) {
-      return fabric::broadcast(world_, value, device_, root);
+      return fabric::broadcast(world_, value, root);
     } else {
       return fabric::broadcast(world_, std::forward<T>(value), root);
     }
@@ -304,14 +325,30 @@ class Fabric {
       Plugin::convert_module(*module);
       using M = typename decltype(module)::element_type;
       FabricModule<M, Engine, Plugin> wrapped(std::move(module), device_.type());
+      const KnownModule known = know(wrapped);
       engine_.setup(*wrapped.state(), wrapped.module(), world_);
-      KnownModule known{wrapped.state(), {}};
-      for (const at::Tensor& parameter : wrapped->parameters()) known.parameters.insert(parameter.unsafeGetTensorImpl());
-      modules_.push_back(std::move(known));
+      modules_.push_back(known);
       return wrapped;
     } else {
       return 0;
     }
+  }
+
+  /// Throws if a parameter of `wrapped` belongs to another module that is still set up: both would average it.
+  template <class Wrapped>
+  KnownModule know(const Wrapped& wrapped) {
+    std::erase_if(modules_, [](const KnownModule& known) { return known.state.expired(); });
+    KnownModule added{wrapped.state(), {}};
+    for (const auto& [name, parameter] : parameters_of(wrapped.module())) {
+      for (const KnownModule& known : modules_) {
+        if (!std::is_empty_v<ModuleState> && known.parameters.contains(parameter.unsafeGetTensorImpl())) {
+          throw Error("fabric: setup: the parameter " + name +
+                      " belongs to a module that was set up already: use what that setup returned");
+        }
+      }
+      added.parameters.insert(parameter.unsafeGetTensorImpl());
+    }
+    return added;
   }
 
   template <class Modules, std::size_t... i, class... Arguments>
@@ -326,43 +363,39 @@ class Fabric {
     } else {
       auto optimizer = detail::shared_optimizer(std::forward<T>(argument));
       std::vector<std::shared_ptr<ModuleState>> states;
-      if constexpr (!std::is_empty_v<ModuleState>) {
-        for (const KnownModule& known : modules_) {
-          const auto state = known.state.lock();
-          if (state && shares_parameters(*optimizer, known)) states.push_back(state);
-        }
-        if (states.empty()) {
-          throw Error("fabric: setup: none of this optimizer's parameters belong to a module that was set up: pass the module "
-                      "along, or set it up first");
-        }
-      }
+      if constexpr (!std::is_empty_v<ModuleState>) states = states_behind(*optimizer);
       using O = typename decltype(optimizer)::element_type;
       return FabricOptimizer<O, Engine>(std::move(optimizer), std::move(states));
     }
   }
 
-  static bool shares_parameters(torch::optim::Optimizer& optimizer, const KnownModule& known) {
-    for (const auto& group : optimizer.param_groups()) {
-      for (const at::Tensor& parameter : group.params()) {
-        if (known.parameters.contains(parameter.unsafeGetTensorImpl())) return true;
+  /// The states of the modules that have the optimizer's parameters. Throws if a parameter is in none of them.
+  std::vector<std::shared_ptr<ModuleState>> states_behind(const torch::optim::Optimizer& optimizer) const {
+    std::vector<std::shared_ptr<ModuleState>> states;
+    std::string strangers;
+    for (const auto& [name, parameter] : parameters_of(optimizer)) {
+      std::shared_ptr<ModuleState> owner;
+      for (const KnownModule& known : modules_) {
+        if (known.parameters.contains(parameter.unsafeGetTensorImpl())) owner = known.state.lock();
+      }
+      if (owner == nullptr) {
+        strangers += (strangers.empty() ? "" : ", ") + name;
+      } else if (std::find(states.begin(), states.end(), owner) == states.end()) {
+        states.push_back(owner);
       }
     }
-    return false;
+    if (strangers.empty()) return states;
+    throw Error("fabric: setup: these of the optimizer's parameters belong to no module that was set up, so that nobody "
+                "averages their gradients: " +
+                strangers + ". Pass their module along, or set it up first");
   }
 
-  static std::vector<std::pair<std::string, at::Tensor>> named_parameters(const torch::nn::Module& module) {
-    std::vector<std::pair<std::string, at::Tensor>> named;
-    for (const auto& item : module.named_parameters()) named.emplace_back(item.key(), item.value());
-    return named;
-  }
-  static std::vector<std::pair<std::string, at::Tensor>> named_parameters(torch::optim::Optimizer& optimizer) {
-    std::vector<std::pair<std::string, at::Tensor>> named;
-    for (const auto& group : optimizer.param_groups()) {
-      for (const at::Tensor& parameter : group.params()) {
-        named.emplace_back("parameter " + std::to_string(named.size()), parameter);
-      }
+  static typename Engine::Options merged(const typename Engine::Options& options, const Selection& selection) {
+    if constexpr (requires { Engine::merged(options, selection.options); }) {
+      return Engine::merged(options, selection.options);
+    } else {
+      return options;
     }
-    return named;
   }
 
   Selection selection_;

@@ -1,19 +1,23 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <memory>
 #include <string>
 #include <type_traits>
 #include <utility>
+#include <vector>
 
 #include <boost/hana/for_each.hpp>
 #include <boost/hana/front.hpp>
 #include <boost/hana/type.hpp>
 #include <boost/hana/unpack.hpp>
 
+#include "fabric/callback.hpp"
 #include "fabric/connector/flags.hpp"
 #include "fabric/connector/resolve_here.hpp"
 #include "fabric/connector/selection.hpp"
 #include "fabric/error.hpp"
+#include "fabric/loggers/logger.hpp"
 #include "fabric/policy/menu.hpp"
 
 namespace fabric {
@@ -32,6 +36,25 @@ std::string names_of_menu() {
 
 }  // namespace detail
 
+/// `resolve_here` for a program that has only a menu: where the accelerator is left open, kinds of devices that are not on
+/// the menu are not looked at, so that a program built for Cpu runs on a machine with GPUs without a flag.
+template <class Menu>
+[[nodiscard]] Selection resolve_for(const Flags& flags, const Registry& registry = built_in_registry) {
+  return resolve_here(flags, registry, [&](Host& host) {
+    if (flags.accelerator.is_object || flags.accelerator.text != "auto") return;
+    const auto on_menu = [](DeviceType type) {
+      bool found = false;
+      boost::hana::for_each(Menu::entries, [&](auto entry) {
+        found = found || PoliciesOf<typename decltype(entry)::type>::combination.accelerator.device == type;
+      });
+      return found;
+    };
+    if (!on_menu(DeviceType::cuda)) host.cuda_devices = 0;
+    if (!on_menu(DeviceType::mps)) host.mps = false;
+    if (!on_menu(DeviceType::xla)) host.tpu_devices = 0;
+  });
+}
+
 /// Calls `visit(boost::hana::type<Fabric<...>>)` for the menu's entry that is selected and returns what it returns, which
 /// is the same type for all entries. Throws fabric::Error that lists the menu when the selection is not on it.
 template <class Menu, class Visit>
@@ -39,6 +62,8 @@ decltype(auto) visit_selected(const Selection& selection, Visit&& visit) {
   using First = std::remove_cvref_t<decltype(boost::hana::front(Menu::entries))>;
   using Result = std::invoke_result_t<Visit&, First>;
   return boost::hana::unpack(Menu::entries, [&](auto... entries) -> Result {
+    static_assert((std::is_same_v<Result, std::invoke_result_t<Visit&, decltype(entries)>> && ...),
+                  "fabric: the function that is dispatched returns the same type for each entry of the menu");
     struct Row {
       Combination combination;
       Result (*run)(Visit&);
@@ -54,22 +79,29 @@ decltype(auto) visit_selected(const Selection& selection, Visit&& visit) {
   });
 }
 
-/// Calls `run(fabric)` with a `Fabric` of the menu's entry that is selected, and returns what it returns.
+/// Calls `run(fabric)` with a `Fabric` of the menu's entry that is selected, with these loggers and callbacks, and returns
+/// what it returns.
 template <class Menu, class Run>
-decltype(auto) dispatch(const Selection& selection, Run&& run) {
+decltype(auto) dispatch(const Selection& selection, Run&& run, const std::vector<std::shared_ptr<Logger>>& loggers = {},
+                        const std::vector<std::shared_ptr<Callback>>& callbacks = {}) {
   return visit_selected<Menu>(selection, [&](auto entry) -> decltype(auto) {
-    typename decltype(entry)::type fabric(selection);
+    using F = typename decltype(entry)::type;
+    typename F::Options options;
+    options.loggers = loggers;
+    options.callbacks = callbacks;
+    F fabric(selection, std::move(options));
     return run(fabric);
   });
 }
 
 /// Resolves flags and `LT_*` variables on this machine, then dispatches. Throws fabric::Error that names every problem.
 template <class Menu, class Run>
-decltype(auto) dispatch(const Flags& flags, Run&& run) {
-  return dispatch<Menu>(resolve_here(flags), std::forward<Run>(run));
+decltype(auto) dispatch(const Flags& flags, Run&& run, const std::vector<std::shared_ptr<Logger>>& loggers = {},
+                        const std::vector<std::shared_ptr<Callback>>& callbacks = {}) {
+  return dispatch<Menu>(resolve_for<Menu>(flags), std::forward<Run>(run), loggers, callbacks);
 }
 
-/// Adds `--accelerator`, `--strategy`, `--devices`, `--num-nodes` and `--precision` to a command line parser with CLI11's
+/// Adds `--accelerator`, `--strategy`, `--devices`, `--num-nodes`, `--precision` and `--environment` to a command line parser with CLI11's
 /// `add_option_function`, which fill `flags` while it parses.
 template <class App>
 void add_flags(App& app, Flags& flags) {
@@ -88,6 +120,13 @@ void add_flags(App& app, Flags& flags) {
   app.template add_option_function<std::string>(
       "--precision", [&flags](Value value) { flags.precision = std::string_view(value); },
       "32-true (default), 64-true, bf16-true, bf16-mixed, ...");
+  app.template add_option_function<std::string>(
+      "--environment",
+      [&flags](Value value) {
+        flags.environment = std::string_view(value);
+        if (flags.environment.truncated) throw Error("fabric: --environment: '" + value + "' is no list of environments");
+      },
+      "torchelastic, slurm, lsf, mpi, kubeflow or local; -slurm turns one off; by default it is detected");
 }
 
 }  // namespace fabric

@@ -18,6 +18,14 @@ static_assert(TORCH_VERSION_MAJOR == 2 && TORCH_VERSION_MINOR >= 9,
 
 namespace fabric::libtorch {
 
+/// c10d's Reducer, which can be asked whether it waits for gradients.
+class Reducer : public c10d::Reducer {
+ public:
+  using c10d::Reducer::Reducer;
+  /// Between a forward that prepared it and the end of that backward: gradients that come now are averaged.
+  [[nodiscard]] bool expects_gradients() const { return expect_autograd_hooks_; }
+};
+
 /// What `c10d::Reducer`'s constructor takes in each of these versions.
 struct ReducerArguments {
   std::vector<at::Tensor> parameters;
@@ -31,11 +39,11 @@ struct ReducerArguments {
 };
 
 /// Makes a Reducer for dense gradients.
-[[nodiscard]] inline std::shared_ptr<c10d::Reducer> make_reducer(ReducerArguments arguments) {
+[[nodiscard]] inline std::shared_ptr<Reducer> make_reducer(ReducerArguments arguments) {
   std::vector<bool> sparse(arguments.parameters.size(), false);
   constexpr bool skip_all_reduce_of_unused = false;
   constexpr bool python = false;
-  return std::make_shared<c10d::Reducer>(
+  return std::make_shared<Reducer>(
       std::move(arguments.parameters), std::move(arguments.buckets), std::move(arguments.group), std::move(sparse),
       arguments.bucket_bytes, arguments.find_unused_parameters, arguments.gradient_as_bucket_view,
       std::move(arguments.names), arguments.first_bucket_bytes, skip_all_reduce_of_unused, python

@@ -146,7 +146,7 @@ constexpr void for_each(T& value, Visit&& visit) {
     boost::hana::for_each(boost::hana::accessors<Bare<T>>(),
                           [&](auto member) { for_each(boost::hana::second(member)(value), visit); });
   } else if constexpr (Range<T>) {
-    for (auto& item : value) for_each(item, visit);
+    for (auto&& item : value) for_each(item, visit);
   } else if constexpr (TupleLike<T>) {
     std::apply([&](auto&... items) { (for_each(items, visit), ...); }, value);
   } else if constexpr (OptionalLike<T>) {

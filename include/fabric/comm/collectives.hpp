@@ -38,64 +38,78 @@ inline void check_mean(const at::Tensor& tensor, ReduceOp op) {
               " tensors is no such number: use ReduceOp::sum, or convert to a floating-point type first");
 }
 
-/// The contiguous copy that a collective may write to.
-inline std::vector<at::Tensor> own_copy(const at::Tensor& tensor) {
-  return {tensor.detach().clone(at::MemoryFormat::Contiguous)};
+/// The contiguous copy, on the group's device, that a collective may write to.
+inline std::vector<at::Tensor> own_copy(const World& world, const at::Tensor& tensor) {
+  return {tensor.detach().to(world.device).clone(at::MemoryFormat::Contiguous)};
 }
 
 }  // namespace detail
 
 /// Waits until all ranks have come here.
 inline void barrier(const World& world) {
-  if (world.group) world.group->barrier()->wait();
+  if (!world.group) return;
+  c10d::BarrierOptions options;
+  if (world.device.has_index()) options.device_ids = {world.device.index()};
+  world.group->barrier(options)->wait();
 }
 
 /// Each tensor of the tree combined over the ranks, on all of them. Shapes and dtypes are the same on each rank. The
-/// input is left as it is. Throws fabric::Error for the mean of integers.
+/// input is left as it is; numbers inside the tree are not reduced. Throws fabric::Error for the mean of integers.
 template <class T>
+  requires(!std::is_arithmetic_v<tree::Bare<T>>)
 [[nodiscard]] tree::Bare<T> all_reduce(const World& world, T&& value, ReduceOp op = ReduceOp::mean) {
   return tree::map(std::forward<T>(value), [&](const at::Tensor& tensor) {
     detail::check_mean(tensor, op);
     if (!world.group) return tensor;
-    auto reduced = detail::own_copy(tensor);
+    auto reduced = detail::own_copy(world, tensor);
     c10d::AllreduceOptions options;
     options.reduceOp = detail::c10d_op(op);
     world.group->allreduce(reduced, options)->wait();
     if (op == ReduceOp::mean) reduced[0].div_(world.size);
-    return reduced[0];
+    return reduced[0].to(tensor.device());
   });
+}
+
+/// A number combined over the ranks, as a 64-bit float or integer.
+template <class T>
+  requires std::is_arithmetic_v<T>
+[[nodiscard]] T all_reduce(const World& world, T number, ReduceOp op = ReduceOp::mean) {
+  using Wide = std::conditional_t<std::is_floating_point_v<T>, double, int64_t>;
+  return static_cast<T>(all_reduce(world, torch::tensor(static_cast<Wide>(number)), op).template item<Wide>());
 }
 
 /// Like `all_reduce`, but only rank `root` gets the result; the others get their own tensors back.
 template <class T>
+  requires(!std::is_arithmetic_v<tree::Bare<T>>)
 [[nodiscard]] tree::Bare<T> reduce(const World& world, T&& value, ReduceOp op = ReduceOp::mean, int root = 0) {
   return tree::map(std::forward<T>(value), [&](const at::Tensor& tensor) {
     detail::check_mean(tensor, op);
     if (!world.group) return tensor;
-    auto reduced = detail::own_copy(tensor);
+    auto reduced = detail::own_copy(world, tensor);
     c10d::ReduceOptions options;
     options.reduceOp = detail::c10d_op(op);
     options.rootRank = root;
     world.group->reduce(reduced, options)->wait();
     if (world.global_rank != root) return tensor;
     if (op == ReduceOp::mean) reduced[0].div_(world.size);
-    return reduced[0];
+    return reduced[0].to(tensor.device());
   });
 }
 
 /// Each tensor of the tree from all ranks, stacked along a new first dimension: (world size, *shape). In a world of one
 /// the tree comes back as it is, without that dimension, as in Lightning Fabric.
 template <class T>
+  requires(!std::is_arithmetic_v<tree::Bare<T>>)
 [[nodiscard]] tree::Bare<T> all_gather(const World& world, T&& value) {
   return tree::map(std::forward<T>(value), [&](const at::Tensor& tensor) {
     if (!world.group) return tensor;
-    auto input = detail::own_copy(tensor);
+    auto input = detail::own_copy(world, tensor);
     std::vector<int64_t> shape{world.size};
     shape.insert(shape.end(), tensor.sizes().begin(), tensor.sizes().end());
     auto gathered = at::empty(shape, input[0].options());
     std::vector<std::vector<at::Tensor>> outputs{gathered.unbind(0)};
     world.group->allgather(outputs, input)->wait();
-    return gathered;
+    return gathered.to(tensor.device());
   });
 }
 
@@ -105,31 +119,31 @@ template <class T>
 [[nodiscard]] tree::Bare<T> broadcast(const World& world, T&& value, int root = 0) {
   return tree::map(std::forward<T>(value), [&](const at::Tensor& tensor) {
     if (!world.group) return tensor;
-    auto sent = detail::own_copy(tensor);
+    auto sent = detail::own_copy(world, tensor);
     c10d::BroadcastOptions options;
     options.rootRank = root;
     world.group->broadcast(sent, options)->wait();
-    return sent[0];
+    return sent[0].to(tensor.device());
   });
 }
 
 /// Rank `root`'s text, on all ranks, of any length.
-[[nodiscard]] inline std::string broadcast(const World& world, std::string text, at::Device device, int root = 0) {
+[[nodiscard]] inline std::string broadcast(const World& world, std::string text, int root = 0) {
   if (!world.group) return text;
-  auto length = broadcast(world, torch::tensor(static_cast<int64_t>(text.size()), device), root);
+  auto length = broadcast(world, torch::tensor(static_cast<int64_t>(text.size())), root);
   text.resize(static_cast<std::size_t>(length.item<int64_t>()));
-  auto bytes = at::from_blob(text.data(), {static_cast<int64_t>(text.size())}, at::kByte).to(device);
-  bytes = broadcast(world, bytes, root).cpu();
+  auto bytes = at::from_blob(text.data(), {static_cast<int64_t>(text.size())}, at::kByte);
+  bytes = broadcast(world, bytes, root);
   return {static_cast<const char*>(bytes.data_ptr()), text.size()};
 }
 
 /// Rank `root`'s number, on all ranks, bit for bit.
 template <class T>
   requires std::is_arithmetic_v<T>
-[[nodiscard]] T broadcast(const World& world, T number, at::Device device, int root = 0) {
+[[nodiscard]] T broadcast(const World& world, T number, int root = 0) {
   if (!world.group) return number;
-  auto bytes = at::from_blob(&number, {static_cast<int64_t>(sizeof number)}, at::kByte).to(device);
-  bytes = broadcast(world, bytes, root).cpu();
+  auto bytes = at::from_blob(&number, {static_cast<int64_t>(sizeof number)}, at::kByte);
+  bytes = broadcast(world, bytes, root);
   std::memcpy(&number, bytes.data_ptr(), sizeof number);
   return number;
 }

@@ -12,6 +12,7 @@ struct World {
   int global_rank = 0;
   int local_rank = 0;
   int node_rank = 0;
+  at::Device device = at::kCPU;  ///< Where this process's tensors live, and `group` communicates.
   c10::intrusive_ptr<c10d::ProcessGroup> group;
 
   [[nodiscard]] bool is_global_zero() const { return global_rank == 0; }

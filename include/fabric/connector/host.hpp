@@ -32,7 +32,7 @@ class Found {
   T value_{};
 };
 
-/// A view of environment variables. `capture()` in `fabric/connector/probe.hpp` makes one of the process's own; in a
+/// A view of environment variables. `capture_variables()` in `fabric/connector/probe.hpp` makes one of the process's own; in a
 /// test or a static_assert a list in braces does: `{{"RANK", "0"}, {"WORLD_SIZE", "2"}}` (alive until the end of the
 /// full expression, like any list in braces).
 class Variables {
@@ -86,7 +86,7 @@ struct MpiFacts {
 };
 
 /// What the resolver knows of the machine. The defaults are a plain machine without accelerators;
-/// `Host::probe` in `fabric/connector/probe.hpp` asks the real one.
+/// `probe_host` in `fabric/connector/probe.hpp` asks the real one.
 struct Host {
   int cuda_devices = 0;             ///< Visible NVIDIA GPUs, counted without creating a CUDA context.
   bool mps = false;                 ///< Has an Apple GPU.

@@ -35,12 +35,10 @@ class DataLoader {
   using TorchIterator = decltype(std::declval<Loader&>()->begin());
   using Batch = typename Dataset::BatchType;
 
+  /// Throws fabric::Error for a dataset without a size or a batch size of zero.
   DataLoader(Dataset dataset, const Shares& shares, const LoaderOptions& options, at::Device device)
-      : options_(options), device_(device), sampler_(rows_of(dataset), shares) {
-    loader_ = torch::data::make_data_loader(std::move(dataset), sampler_,
-                                            torch::data::DataLoaderOptions(options.batch_size)
-                                                .workers(options.workers)
-                                                .drop_last(options.drop_last));
+      : options_(options), device_(device), dataset_(std::move(dataset)), sampler_(rows_of(dataset_), shares) {
+    if (options.batch_size == 0) throw Error("fabric: setup_dataloader: batch_size is 0; one or more is legal");
   }
 
   class Iterator {
@@ -51,7 +49,10 @@ class DataLoader {
     using pointer = Batch*;
     using reference = Batch&;
 
-    Iterator(TorchIterator at, TorchIterator end, at::Device device) : at_(at), end_(end), device_(device) { take(); }
+    Iterator(TorchIterator at, TorchIterator end, at::Device device)
+        : at_(std::move(at)), end_(std::move(end)), device_(device) {
+      take();
+    }
     Batch& operator*() { return batch_; }
     Batch* operator->() { return &batch_; }
     Iterator& operator++() {
@@ -74,12 +75,17 @@ class DataLoader {
     Batch batch_{};
   };
 
-  /// Begins the next epoch, or the one that `set_epoch` named.
+  /// Begins the next epoch, or the one that `set_epoch` named, with threads of its own: a loop that was left early leaves
+  /// nothing behind.
   Iterator begin() {
     sampler_.set_epoch(next_epoch_++);
-    auto first = loader_->begin();
-    return {std::move(first), loader_->end(), device_};
+    loader_ = torch::data::make_data_loader(dataset_, sampler_,
+                                            torch::data::DataLoaderOptions(options_.batch_size)
+                                                .workers(options_.workers)
+                                                .drop_last(options_.drop_last));
+    return {loader_->begin(), loader_->end(), device_};
   }
+  /// The end of the epoch that `begin` began.
   Iterator end() { return {loader_->end(), loader_->end(), device_}; }
 
   /// Batches per epoch on this rank.
@@ -103,6 +109,7 @@ class DataLoader {
   LoaderOptions options_;
   at::Device device_;
   std::uint64_t next_epoch_ = 0;
+  Dataset dataset_;
   DistributedSampler sampler_;
   Loader loader_;
 };

@@ -165,7 +165,12 @@ class Children {
     posix_spawnattr_setflags(&attributes, POSIX_SPAWN_SETSIGMASK);
     for (const auto& extra : settings) {
       int ends[2];
-      if (pipe(ends) != 0) throw std::system_error(errno, std::generic_category(), "fabric: pipe");
+      if (pipe(ends) != 0) {
+        const int error = errno;
+        end_all();
+        posix_spawnattr_destroy(&attributes);
+        throw std::system_error(error, std::generic_category(), "fabric: pipe");
+      }
       fcntl(ends[0], F_SETFD, FD_CLOEXEC);
       std::vector<std::string> variables;
       for (char** variable = environ; *variable != nullptr; ++variable) {
@@ -242,9 +247,10 @@ class Children {
                    : "ended with exit code " + std::to_string(WEXITSTATUS(status));
     if (!failed.reason.empty()) message += ": " + failed.reason;
     message += "\nfabric: ending the other processes of this job\n";
-    std::fflush(nullptr);
-    std::fputs(message.c_str(), stderr);
     end_all();
+    (void)!write(STDERR_FILENO, message.data(), message.size());
+    // What rank 0 has printed, unless its main thread is inside the stream, perhaps for ever.
+    if (ftrylockfile(stdout) == 0) fflush_unlocked(stdout);
     std::_Exit(WIFEXITED(status) ? WEXITSTATUS(status) : 128 + WTERMSIG(status));
   }
 

@@ -73,8 +73,26 @@ inline void divide_threads(int local_size) {
   environment.set_global_rank(world.node_rank * local_size + world.local_rank);
   world.size = detail::value_or_throw(environment.world_size());
   world.global_rank = detail::value_or_throw(environment.global_rank());
+  const bool custom = selection.environment.kind == EnvironmentKind::custom;
+  if (custom) {
+    world.size = selection.world_size.value;
+    world.global_rank = selection.global_rank.value;
+    world.local_rank = selection.local_rank.value;
+    world.node_rank = selection.node_rank.value;
+  }
+  const bool external = custom ? selection.external_launch : environment.creates_processes_externally();
   const Problem mismatch = environment.validate_settings(local_size, selection.num_nodes);
   if (mismatch.code != Code::none) throw Error(message(mismatch));
+
+  // Nobody else compares these: a custom environment, and a second Fabric in a job that a first one started.
+  int started = custom ? world.size : local_size * selection.num_nodes;
+  if (selection.environment.kind == EnvironmentKind::local && external && variables.has("WORLD_SIZE")) {
+    started = std::atoi(std::string(variables.get("WORLD_SIZE")).c_str());
+  }
+  if (started != local_size * selection.num_nodes) {
+    throw Error("fabric: " + std::to_string(started) + " processes were started, but " + std::to_string(local_size) +
+                " devices on " + std::to_string(selection.num_nodes) + " nodes are selected: make both agree");
+  }
 
   Rendezvous where;
   where.address = std::string(detail::value_or_throw(environment.main_address()).view());
@@ -85,7 +103,7 @@ inline void divide_threads(int local_size) {
   where.serve = world.global_rank == 0 && !agent_serves;
 
   detail::divide_threads(local_size);
-  if (!environment.creates_processes_externally()) {
+  if (!external) {
     // The server comes before the others are started, so that the port it took is theirs and nobody can take it between.
     if (where.serve) detail::shared_store(where);
     detail::start_children(world, local_size, where);

@@ -33,16 +33,8 @@ class CsvLogger : public Logger {
     std::map<std::size_t, std::string> row;
     if (step) row[column("step")] = std::to_string(*step);
     for (const auto& [name, value] : metrics) row[column(name)] = text_of(value);
-    rows_.push_back(std::move(row));
-    if (header_changed_) {
-      file_ = std::ofstream(path_, std::ios::trunc);
-      for (std::size_t i = 0; i < columns_.size(); ++i) file_ << (i == 0 ? "" : ",") << quoted(columns_[i]);
-      file_ << '\n';
-      for (const auto& earlier : rows_) write(earlier);
-      header_changed_ = false;
-    } else {
-      write(rows_.back());
-    }
+    if (header_changed_) widen();
+    write(row);
     file_.flush();
     if (!file_) throw Error("fabric: cannot write " + path_.string());
   }
@@ -55,6 +47,29 @@ class CsvLogger : public Logger {
     columns_.push_back(name);
     header_changed_ = true;
     return columns_.size() - 1;
+  }
+
+  /// Copies the rows so far under the new header, with empty cells for the new columns.
+  void widen() {
+    file_.close();
+    auto next = path_;
+    next += ".tmp";
+    std::ofstream wider(next, std::ios::trunc);
+    for (std::size_t i = 0; i < columns_.size(); ++i) wider << (i == 0 ? "" : ",") << quoted(columns_[i]);
+    wider << '\n';
+    if (columns_written_ > 0) {
+      std::ifstream narrow(path_);
+      std::string line;
+      std::getline(narrow, line);
+      while (std::getline(narrow, line)) wider << line << std::string(columns_.size() - columns_written_, ',') << '\n';
+    }
+    wider.close();
+    std::error_code error;
+    if (wider) std::filesystem::rename(next, path_, error);
+    if (!wider || error) throw Error("fabric: cannot write " + path_.string());
+    file_.open(path_, std::ios::app);
+    columns_written_ = columns_.size();
+    header_changed_ = false;
   }
 
   void write(const std::map<std::size_t, std::string>& row) {
@@ -80,7 +95,7 @@ class CsvLogger : public Logger {
   std::filesystem::path path_;
   std::ofstream file_;
   std::vector<std::string> columns_;
-  std::vector<std::map<std::size_t, std::string>> rows_;
+  std::size_t columns_written_ = 0;
   bool header_changed_ = false;
 };
 

@@ -9,6 +9,7 @@
 #include <torch/torch.h>
 
 #include "fabric/error.hpp"
+#include "fabric/module/parameters.hpp"
 
 namespace fabric {
 
@@ -26,7 +27,12 @@ struct ClipValue {
 
 namespace detail {
 
-[[noreturn]] inline void refuse_nonfinite(const std::vector<std::pair<std::string, at::Tensor>>& named, double norm) {
+inline void check_bound(const char* name, double bound) {
+  if (bound >= 0) return;
+  throw Error(std::string("fabric: clip_gradients: ") + name + " is " + std::to_string(bound) + ": zero or more is legal");
+}
+
+[[noreturn]] inline void refuse_nonfinite(const NamedParameters& named, double norm) {
   std::string names;
   for (const auto& [name, parameter] : named) {
     if (parameter.grad().defined() && !at::isfinite(parameter.grad()).all().item<bool>()) {
@@ -42,7 +48,8 @@ namespace detail {
 
 /// Clips the gradients of `named` parameters and returns their norm from before, a tensor without dimensions; zero if
 /// there are none. Throws fabric::Error for a norm that is not finite, and then has changed nothing.
-inline at::Tensor clip_gradients(const std::vector<std::pair<std::string, at::Tensor>>& named, const ClipNorm& clip) {
+inline at::Tensor clip_gradients(const NamedParameters& named, const ClipNorm& clip) {
+  detail::check_bound("max_norm", clip.max_norm);
   const at::NoGradGuard no_grad;
   std::vector<at::Tensor> gradients;
   for (const auto& [name, parameter] : named) {
@@ -60,7 +67,8 @@ inline at::Tensor clip_gradients(const std::vector<std::pair<std::string, at::Te
 }
 
 /// Clips each element of the gradients.
-inline void clip_gradients(const std::vector<std::pair<std::string, at::Tensor>>& named, const ClipValue& clip) {
+inline void clip_gradients(const NamedParameters& named, const ClipValue& clip) {
+  detail::check_bound("max_value", clip.max_value);
   const at::NoGradGuard no_grad;
   for (const auto& [name, parameter] : named) {
     if (parameter.grad().defined()) parameter.mutable_grad().clamp_(-clip.max_value, clip.max_value);

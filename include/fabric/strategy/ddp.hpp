@@ -21,6 +21,7 @@
 #include "fabric/error.hpp"
 #include "fabric/launch/processes.hpp"
 #include "fabric/libtorch.hpp"
+#include "fabric/module/parameters.hpp"
 #include "fabric/strategy/ddp_hooks.hpp"
 #include "fabric/strategy/engine.hpp"
 #include "fabric/tree.hpp"
@@ -31,7 +32,7 @@ namespace fabric {
 struct DdpOptions {
   bool static_graph = false;            ///< Every step uses the same parameters: found out once, in the first.
   bool gradient_as_bucket_view = true;  ///< Gradients lie in the buckets themselves, which saves a copy of each.
-  bool broadcast_buffers = true;        ///< Buffers (BatchNorm's statistics) are rank 0's before each training forward.
+  bool broadcast_buffers = true;        ///< Buffers (BatchNorm's statistics) are rank 0's in each step and after it.
   double bucket_cap_mb = 25;            ///< Size of the gradient buckets. The first one is 1 MB, to start early.
   GradientCompression compression = GradientCompression::none;
   std::chrono::milliseconds timeout{std::chrono::minutes(30)};  ///< Of each collective.
@@ -47,11 +48,11 @@ class DdpModule {
     options_ = options;
     find_unused_parameters_ = find_unused_parameters;
     std::vector<at::Tensor> replicated;
-    for (const auto& item : module.named_parameters()) {
-      replicated.push_back(item.value().detach());
-      if (!item.value().requires_grad()) continue;
-      names_.emplace(parameters_.size(), item.key());
-      parameters_.push_back(item.value());
+    for (const auto& [name, parameter] : parameters_of(module)) {
+      replicated.push_back(parameter.detach());
+      if (!parameter.requires_grad()) continue;
+      names_.emplace(parameters_.size(), name);
+      parameters_.push_back(parameter);
     }
     buffers_ = module.buffers();
     for (const at::Tensor& buffer : buffers_) replicated.push_back(buffer.detach());
@@ -74,6 +75,13 @@ class DdpModule {
                                        .names = names_});
     logger_ = std::make_shared<c10d::Logger>(reducer_);
     reducer_->set_logger(logger_);
+    for (const at::Tensor& parameter : parameters_) {
+      parameter.register_hook(
+          [reducer = std::weak_ptr(reducer_), unaveraged = unaveraged_](const at::Tensor& /*gradient*/) {
+            const auto alive = reducer.lock();
+            *unaveraged = alive && !alive->expects_gradients();
+          });
+    }
     if (options.static_graph) reducer_->set_static_graph();
     if (options.compression != GradientCompression::none) {
       reducer_->register_comm_hook(std::make_unique<CompressionHook>(group_, options.compression));
@@ -88,8 +96,9 @@ class DdpModule {
       if (sync_gradients) reducer_->prepare_for_forward();
       reducer_->rebuild_buckets();
     });
-    if (sync_gradients && options_.broadcast_buffers && !buffers_.empty()) broadcast(buffers_);
+    if (sync_gradients) share_buffers();
     auto output = std::forward<Run>(run)();
+    buffers_differ_ = true;
     if (sync_gradients) {
       std::vector<at::Tensor> outputs;
       if ((find_unused_parameters_ && !options_.static_graph) || delays_first_all_reduce()) {
@@ -98,7 +107,6 @@ class DdpModule {
       if (delays_first_all_reduce()) delay_first_all_reduce(outputs);
       if (!find_unused_parameters_ || options_.static_graph) outputs.clear();
       reducer_->prepare_for_backward(outputs);
-      went_through_forward_ = true;
     }
     return output;
   }
@@ -114,27 +122,32 @@ class DdpModule {
     }
   }
 
-  /// Throws when gradients were not averaged: a parameter took no part in the loss, or the module was called past its
-  /// wrapper.
+  /// Throws fabric::Error when gradients were not averaged: a parameter took no part in the loss, the last backward kept
+  /// gradients local, or the module was called past its wrapper. Then shares the buffers, so that the ranks agree when
+  /// they evaluate, each at its own pace.
   void before_step() {
     if (!reducer_) return;
     naming_unused([&] { reducer_->check_finalized(); });
-    if (went_through_forward_) return;
-    for (const at::Tensor& parameter : parameters_) {
-      if (!parameter.grad().defined()) continue;
+    if (*unaveraged_) {
       throw Error(
-          "fabric: Ddp: the gradients were not averaged over the ranks, since no forward of this module went through "
-          "what "
-          "`setup` returned (outside no_backward_sync) since the last zero_grad. Call the wrapped module, and other "
-          "methods "
-          "by `mark_forward_method`");
+          "fabric: Ddp: the gradients were not averaged over the ranks: the last backward ran under no_backward_sync, or "
+          "its forward was not called through what `setup` returned. Step after a backward outside no_backward_sync, and "
+          "call the wrapped module; its other methods by `mark_forward_method`");
     }
+    share_buffers();
   }
-  void after_zero_grad() { went_through_forward_ = false; }
+  /// The gradients are gone, and with them what was not averaged.
+  void after_zero_grad() { *unaveraged_ = false; }
 
+  /// False inside no_backward_sync.
   bool sync_gradients = true;
 
  private:
+  /// Gives all ranks rank 0's buffers, if a forward may have changed them since.
+  void share_buffers() {
+    if (!options_.broadcast_buffers || !std::exchange(buffers_differ_, false)) return;
+    broadcast(buffers_);
+  }
   void broadcast(const std::vector<at::Tensor>& tensors) {
     constexpr size_t bytes_at_once = 250UL * 1024 * 1024;
     if (!tensors.empty()) c10d::broadcast_coalesced(group_, tensors, bytes_at_once);
@@ -142,14 +155,13 @@ class DdpModule {
 
   /// With a static graph the first backward finds out how often each parameter is used; reducing waits until it is
   /// over.
-  [[nodiscard]] bool delays_first_all_reduce() const { return options_.static_graph && !first_backward_seen_; }
+  [[nodiscard]] bool delays_first_all_reduce() const { return options_.static_graph && !*first_backward_seen_; }
   void delay_first_all_reduce(const std::vector<at::Tensor>& outputs) {
     for (const at::Tensor& output : outputs) {
       if (!output.requires_grad()) continue;
-      output.register_hook([this](const at::Tensor& /*gradient*/) {
-        if (std::exchange(first_backward_seen_, true)) return;
-        torch::autograd::Engine::get_default_engine().queue_callback(
-            [reducer = reducer_] { reducer->delay_all_reduce(); });
+      output.register_hook([reducer = reducer_, seen = first_backward_seen_](const at::Tensor& /*gradient*/) {
+        if (std::exchange(*seen, true)) return;
+        torch::autograd::Engine::get_default_engine().queue_callback([reducer] { reducer->delay_all_reduce(); });
       });
     }
   }
@@ -167,22 +179,22 @@ class DdpModule {
       std::string unused;
       for (std::size_t index = 0; indices >> index;) unused += (unused.empty() ? "" : ", ") + names_.at(index);
       throw Error(
-          "fabric: Ddp: these parameters took no part in the loss, so that their gradients cannot be averaged: " +
-          unused +
-          ". Use DdpFindUnusedParameters (ddp_find_unused_parameters_true), or leave them out by "
-          "requires_grad_(false)");
+          "fabric: Ddp: these parameters took no part in the loss, so that their gradients cannot be averaged: " + unused +
+          ". Use DdpFindUnusedParameters (ddp_find_unused_parameters_true), or leave them out by requires_grad_(false)");
     }
   }
 
   c10::intrusive_ptr<c10d::ProcessGroup> group_;
   DdpOptions options_;
   bool find_unused_parameters_ = false;
-  bool first_backward_seen_ = false;
-  bool went_through_forward_ = false;
+  bool buffers_differ_ = false;
+  // Shared with hooks, which may outlive this.
+  std::shared_ptr<bool> first_backward_seen_ = std::make_shared<bool>(false);
+  std::shared_ptr<bool> unaveraged_ = std::make_shared<bool>(false);
   std::vector<at::Tensor> parameters_;
   std::unordered_map<size_t, std::string> names_;  // of parameters_, by index
   std::vector<at::Tensor> buffers_;
-  std::shared_ptr<c10d::Reducer> reducer_;
+  std::shared_ptr<libtorch::Reducer> reducer_;
   std::shared_ptr<c10d::Logger> logger_;  // the reducer crashes without one when the unused parameters change
 };
 
@@ -211,6 +223,12 @@ class DdpEngine {
   };
 
   explicit DdpEngine(const Options& options) : options_(options) {}
+  /// `options` with what a strategy object brought in the selection.
+  static Options merged(Options options, const StrategyOptions& brought) {
+    options.static_graph = options.static_graph || brought.static_graph;
+    if (brought.bucket_cap_mb > 0) options.bucket_cap_mb = brought.bucket_cap_mb;
+    return options;
+  }
 
   World launch(const Selection& selection, at::Device device) {
     return join_world(selection, device, options_.timeout);
