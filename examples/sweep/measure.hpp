@@ -1,0 +1,54 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <chrono>
+#include <utility>
+
+#include <fabric/fabric.hpp>
+
+#include "menu.hpp"
+
+/// The network that is trained, the same for all entries.
+inline torch::nn::Sequential make_mlp(const Settings& settings) {
+  torch::nn::Sequential mlp;
+  for (int i = 0; i < settings.layers; ++i) {
+    mlp->push_back(torch::nn::Linear(settings.width, settings.width));
+    mlp->push_back(torch::nn::ReLU());
+  }
+  return mlp;
+}
+
+template <class F>
+Result measure(const Settings& settings) {
+  typename F::Options options;
+  if constexpr (fabric::is_parallel(fabric::PoliciesOf<F>::combination.strategy)) options.devices = settings.devices;
+  F fabric(std::move(options));
+  fabric.launch();
+  at::set_num_threads(1);
+  fabric::seed_everything(0);
+  auto net = fabric.init_module([&] { return make_mlp(settings); });
+  const auto inputs = torch::randn({settings.batch_size, settings.width});
+  const auto targets = torch::rand({settings.batch_size, settings.width});
+  auto [model, optimizer] = fabric.setup(net, torch::optim::SGD(net->parameters(), 0.01));
+
+  at::Tensor loss;
+  const auto train = [&](int steps) {
+    for (int step = 0; step < steps; ++step) {
+      optimizer.zero_grad();
+      loss = torch::mse_loss(model(inputs), targets);
+      fabric.backward(loss);
+      optimizer.step();
+    }
+  };
+  constexpr int warm_up = 10;
+  train(warm_up);
+  fabric.barrier();
+  const auto start = std::chrono::steady_clock::now();
+  train(settings.steps);
+  const std::chrono::duration<double, std::micro> took = std::chrono::steady_clock::now() - start;
+  fabric.barrier();
+  return {.reports = fabric.is_global_zero(),
+          .processes = fabric.world_size(),
+          .microseconds = took.count() / settings.steps,
+          .loss = loss.item<double>()};
+}
