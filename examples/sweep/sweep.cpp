@@ -18,8 +18,8 @@
 
 #include <CLI/CLI.hpp>
 #include <boost/hana/for_each.hpp>
-#include <fcntl.h>
 #include <fabric/connector/resolve_here.hpp>
+#include <fcntl.h>
 #include <fmt/format.h>
 #include <nlohmann/json.hpp>
 #include <spawn.h>
