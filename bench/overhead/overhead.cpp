@@ -37,8 +37,7 @@ void run_loop(std::string_view name, std::string_view size_name, int steps) {
 double instructions(const std::string& loop, const Size& size, int steps) {
   const auto path = std::filesystem::temp_directory_path() / fmt::format("overhead.{}.callgrind", getpid());
   Program({"valgrind", "--tool=callgrind", "--quiet", "--callgrind-out-file=" + path.string(),
-           std::filesystem::read_symlink("/proc/self/exe").string(), loop,
-           size.name(), std::to_string(steps)})
+           std::filesystem::read_symlink("/proc/self/exe").string(), loop, size.name(), std::to_string(steps)})
       .wait();
   std::ifstream file(path);
   for (std::string line; std::getline(file, line);) {

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// A strategy from outside the library: it averages all gradients after backward, in one go. Two parts make it: a policy,
-// which names it, and an engine, which says what happens around a module.
+// A strategy from outside the library: it averages all gradients after backward, in one go. Two parts make it: a
+// policy, which names it, and an engine, which says what happens around a module.
 //   custom_strategy --strategy average --devices 2
 
 #include <cstdio>

@@ -23,7 +23,8 @@ Digits::Digits(const std::filesystem::path& file, Part part) {
       if (!(numbers >> comma)) comma = '\n';
     }
     if (count != pixels + 1) {
-      throw std::runtime_error(file.string() + ":" + std::to_string(row + 1) + ": 65 numbers with commas between were expected");
+      throw std::runtime_error(file.string() + ":" + std::to_string(row + 1) +
+                               ": 65 numbers with commas between were expected");
     }
   }
   images_ = torch::tensor(images).view({-1, 1, 8, 8});

@@ -11,12 +11,16 @@
 #include <fmt/format.h>
 #include <unistd.h>
 
-/// Shows how training goes: a bar per epoch on a terminal, then a line with the loss, images per second and the time left.
-/// Only for the rank that prints.
+/// Shows how training goes: a bar per epoch on a terminal, then a line with the loss, images per second and the time
+/// left. Only for the rank that prints.
 class Progress {
  public:
   Progress(bool shown, int epochs, std::size_t steps, std::size_t images)
-      : shown_(shown), bar_shown_(shown && isatty(STDERR_FILENO) != 0), epochs_(epochs), steps_(steps), images_(images) {}
+      : shown_(shown),
+        bar_shown_(shown && isatty(STDERR_FILENO) != 0),
+        epochs_(epochs),
+        steps_(steps),
+        images_(images) {}
 
   void begin_epoch() {
     epoch_start_ = Clock::now();

@@ -40,7 +40,8 @@ using OnWhat = std::conditional_t<built_with_nccl, Accelerators<Cpu, Cuda>, Acce
 using DigitsMenu =
     Menu<OnWhat, Strategies<SingleDevice, Ddp, DdpFindUnusedParameters>, Precisions<F32, F64, BF16, BF16Mixed>>;
 
-std::unique_ptr<torch::optim::Optimizer> make_optimizer(const Arguments& arguments, const std::vector<at::Tensor>& parameters) {
+std::unique_ptr<torch::optim::Optimizer> make_optimizer(const Arguments& arguments,
+                                                        const std::vector<at::Tensor>& parameters) {
   if (arguments.optimizer == "sgd") {
     return std::make_unique<torch::optim::SGD>(parameters, torch::optim::SGDOptions(arguments.lr).momentum(0.9));
   }
@@ -104,11 +105,15 @@ int main(int argc, char** argv) try {
   CLI::App app("Trains a small network on handwritten digits");
   add_flags(app, arguments.flags);
   app.add_option("--epochs", arguments.epochs)->capture_default_str()->check(CLI::PositiveNumber);
-  app.add_option("--batch-size", arguments.batch_size, "of each process")->capture_default_str()->check(CLI::PositiveNumber);
+  app.add_option("--batch-size", arguments.batch_size, "of each process")
+      ->capture_default_str()
+      ->check(CLI::PositiveNumber);
   app.add_option("--lr", arguments.lr)->capture_default_str();
   app.add_option("--eps", arguments.eps, "of adam and adamw")->capture_default_str();
   app.add_option("--seed", arguments.seed)->capture_default_str();
-  app.add_option("--optimizer", arguments.optimizer)->capture_default_str()->check(CLI::IsMember({"adamw", "sgd", "adam"}));
+  app.add_option("--optimizer", arguments.optimizer)
+      ->capture_default_str()
+      ->check(CLI::IsMember({"adamw", "sgd", "adam"}));
   app.add_option("--log", arguments.log, "CSV file for the loss of each step");
   app.add_option("--data", arguments.data)->capture_default_str()->check(CLI::ExistingFile);
   app.add_flag("--no-shuffle", arguments.no_shuffle, "the same order in each epoch");
@@ -123,7 +128,8 @@ int main(int argc, char** argv) try {
   }
   std::vector<std::shared_ptr<Logger>> loggers;
   if (!arguments.log.empty()) loggers.push_back(std::make_shared<CsvLogger>(arguments.log));
-  dispatch<DigitsMenu>(arguments.flags, [&](auto& fabric) { train(fabric, arguments); }, loggers);
+  dispatch<DigitsMenu>(
+      arguments.flags, [&](auto& fabric) { train(fabric, arguments); }, loggers);
   return 0;
 } catch (const std::exception& error) {
   std::cerr << "train_digits: " << error.what() << '\n';

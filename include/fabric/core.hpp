@@ -53,7 +53,7 @@ class Fabric {
 
   /// What may be chosen at run time.
   struct Options {
-    DevicesFlag devices{};     ///< A count, indices, -1 for all; by default all GPUs, or one process on a CPU.
+    DevicesFlag devices{};  ///< A count, indices, -1 for all; by default all GPUs, or one process on a CPU.
     NumNodesFlag num_nodes{};
     typename Engine::Options strategy{};
     std::vector<std::shared_ptr<Logger>> loggers{};
@@ -63,14 +63,18 @@ class Fabric {
   /// Resolves the options against this machine and its variables. Throws fabric::Error that names every problem.
   Fabric() : Fabric(Options{}) {}
   explicit Fabric(Options options)
-      : Fabric(resolve_here(flags_for<Accelerator, Strategy, Precision, Environment>(options.devices, options.num_nodes)),
-               std::move(options)) {}
+      : Fabric(
+            resolve_here(flags_for<Accelerator, Strategy, Precision, Environment>(options.devices, options.num_nodes)),
+            std::move(options)) {}
 
-  /// Runs on what the connector selected; `options.devices` and `num_nodes` are the selection's. Throws fabric::Error if
-  /// the selection is of other policies.
+  /// Runs on what the connector selected; `options.devices` and `num_nodes` are the selection's. Throws fabric::Error
+  /// if the selection is of other policies.
   explicit Fabric(const Selection& selection, Options options = {})
-      : selection_(selection), engine_(merged(options.strategy, selection)), loggers_(std::move(options.loggers)),
-        callbacks_(std::move(options.callbacks)), device_(device_of(selection, 0)) {
+      : selection_(selection),
+        engine_(merged(options.strategy, selection)),
+        loggers_(std::move(options.loggers)),
+        callbacks_(std::move(options.callbacks)),
+        device_(device_of(selection, 0)) {
     constexpr Combination own = combination_v<Accelerator, Strategy, Precision, Environment>;
     if (!selects(selection, own)) {
       throw Error("fabric: this is a " + name_of(own) + ", but the selection says " +
@@ -115,8 +119,9 @@ class Fabric {
   template <class... Arguments>
   [[nodiscard]] auto setup(Arguments&&... arguments) {
     static_assert(sizeof...(Arguments) > 0, "fabric: setup takes modules and optimizers");
-    static_assert(((ModuleArgument<Arguments> || OptimizerArgument<Arguments>)&&...),
-                  "fabric: setup takes modules (ModuleHolder, pointer or reference to a torch::nn::Module) and optimizers");
+    static_assert(
+        ((ModuleArgument<Arguments> || OptimizerArgument<Arguments>)&&...),
+        "fabric: setup takes modules (ModuleHolder, pointer or reference to a torch::nn::Module) and optimizers");
     require_launch("setup");
     // First all modules, since a DDP optimizer must know the modules behind its parameters wherever it stands.
     auto modules = std::tuple{setup_if_module(std::forward<Arguments>(arguments))...};
@@ -128,12 +133,18 @@ class Fabric {
     }
   }
 
-  /// Deals the rows of a `torch::data` dataset to the ranks, reshuffles them each epoch if asked, and moves each batch to
-  /// the device.
+  /// Deals the rows of a `torch::data` dataset to the ranks, reshuffles them each epoch if asked, and moves each batch
+  /// to the device.
   template <class Dataset>
-  [[nodiscard]] DataLoader<std::remove_cvref_t<Dataset>> setup_dataloader(Dataset&& dataset, const LoaderOptions& options) {
-    static_assert(requires { typename std::remove_cvref_t<Dataset>::BatchType; dataset.size(); },
-                  "fabric: setup_dataloader takes a dataset, not a loader: a loader's sampler cannot be made to deal rows to ranks");
+  [[nodiscard]] DataLoader<std::remove_cvref_t<Dataset>> setup_dataloader(Dataset&& dataset,
+                                                                          const LoaderOptions& options) {
+    static_assert(
+        requires {
+          typename std::remove_cvref_t<Dataset>::BatchType;
+          dataset.size();
+        },
+        "fabric: setup_dataloader takes a dataset, not a loader: a loader's sampler cannot be made to deal rows to "
+        "ranks");
     require_launch("setup_dataloader");
     const Shares shares{.replicas = static_cast<std::size_t>(world_.size),
                         .rank = static_cast<std::size_t>(world_.global_rank),
@@ -143,10 +154,12 @@ class Fabric {
     return {std::forward<Dataset>(dataset), shares, options, device_};
   }
 
-  /// `loss.backward()`, with the gradients averaged over the ranks if the strategy does that. Throws fabric::Error for a
-  /// tensor that no parameter has part in.
-  void backward(const at::Tensor& loss, const std::optional<at::Tensor>& gradient = std::nullopt, bool retain_graph = false) {
-    if (!loss.requires_grad()) [[unlikely]] refuse_loss(loss);
+  /// `loss.backward()`, with the gradients averaged over the ranks if the strategy does that. Throws fabric::Error for
+  /// a tensor that no parameter has part in.
+  void backward(const at::Tensor& loss, const std::optional<at::Tensor>& gradient = std::nullopt,
+                bool retain_graph = false) {
+    if (!loss.requires_grad()) [[unlikely]]
+      refuse_loss(loss);
     loss.backward(gradient.value_or(at::Tensor()), retain_graph);
     if constexpr (!std::is_empty_v<ModuleState>) {
       for (const KnownModule& known : modules_) {
@@ -204,8 +217,8 @@ class Fabric {
     return to_device(std::forward<Make>(make)());
   }
 
-  /// Runs `function` on global rank 0 (with `local`: on each node's local rank 0) before the other ranks do, so that the
-  /// first finds nothing and the others what it made, such as a download. Returns what `function` returns.
+  /// Runs `function` on global rank 0 (with `local`: on each node's local rank 0) before the other ranks do, so that
+  /// the first finds nothing and the others what it made, such as a download. Returns what `function` returns.
   template <class Function>
   auto rank_zero_first(Function&& function, bool local = false) const {
     require_launch("rank_zero_first");
@@ -312,9 +325,10 @@ class Fabric {
   }
 
   [[noreturn]] static void refuse_loss(const at::Tensor& loss) {
-    throw Error(std::string("fabric: backward of a tensor that no parameter has part in (") +
-                (loss.defined() ? "requires_grad is false" : "it is undefined") +
-                "): was it detached, made under NoGradGuard, or is it not the output of a module that `setup` returned?");
+    throw Error(
+        std::string("fabric: backward of a tensor that no parameter has part in (") +
+        (loss.defined() ? "requires_grad is false" : "it is undefined") +
+        "): was it detached, made under NoGradGuard, or is it not the output of a module that `setup` returned?");
   }
 
   template <class T>
@@ -385,9 +399,10 @@ class Fabric {
       }
     }
     if (strangers.empty()) return states;
-    throw Error("fabric: setup: these of the optimizer's parameters belong to no module that was set up, so that nobody "
-                "averages their gradients: " +
-                strangers + ". Pass their module along, or set it up first");
+    throw Error(
+        "fabric: setup: these of the optimizer's parameters belong to no module that was set up, so that nobody "
+        "averages their gradients: " +
+        strangers + ". Pass their module along, or set it up first");
   }
 
   static typename Engine::Options merged(const typename Engine::Options& options, const Selection& selection) {

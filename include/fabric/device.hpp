@@ -3,8 +3,8 @@
 
 #include <string>
 
-#include <torch/torch.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
+#include <torch/torch.h>
 
 #include "fabric/connector/selection.hpp"
 #include "fabric/error.hpp"
@@ -26,10 +26,12 @@ namespace fabric {
 [[nodiscard]] inline at::Device device_of(const Selection& selection, int local_rank) {
   const at::DeviceType type = device_type_of(selection.accelerator.device);
   if (type == at::kCPU) return at::Device(type);
-  const int index = is_parallel(selection.strategy) ? selection.devices.index_for(local_rank) : selection.single_device.index;
+  const int index =
+      is_parallel(selection.strategy) ? selection.devices.index_for(local_rank) : selection.single_device.index;
   if (index < 0) {
-    throw Error("fabric: local rank " + std::to_string(local_rank) + " has no device: " +
-                std::to_string(selection.devices.count) + " were selected. Start as many processes per node as devices");
+    throw Error("fabric: local rank " + std::to_string(local_rank) +
+                " has no device: " + std::to_string(selection.devices.count) +
+                " were selected. Start as many processes per node as devices");
   }
   return {type, static_cast<at::DeviceIndex>(index)};
 }

@@ -36,8 +36,8 @@ std::string names_of_menu() {
 
 }  // namespace detail
 
-/// `resolve_here` for a program that has only a menu: where the accelerator is left open, kinds of devices that are not on
-/// the menu are not looked at, so that a program built for Cpu runs on a machine with GPUs without a flag.
+/// `resolve_here` for a program that has only a menu: where the accelerator is left open, kinds of devices that are not
+/// on the menu are not looked at, so that a program built for Cpu runs on a machine with GPUs without a flag.
 template <class Menu>
 [[nodiscard]] Selection resolve_for(const Flags& flags, const Registry& registry = built_in_registry) {
   return resolve_here(flags, registry, [&](Host& host) {
@@ -55,8 +55,8 @@ template <class Menu>
   });
 }
 
-/// Calls `visit(boost::hana::type<Fabric<...>>)` for the menu's entry that is selected and returns what it returns, which
-/// is the same type for all entries. Throws fabric::Error that lists the menu when the selection is not on it.
+/// Calls `visit(boost::hana::type<Fabric<...>>)` for the menu's entry that is selected and returns what it returns,
+/// which is the same type for all entries. Throws fabric::Error that lists the menu when the selection is not on it.
 template <class Menu, class Visit>
 decltype(auto) visit_selected(const Selection& selection, Visit&& visit) {
   using First = std::remove_cvref_t<decltype(boost::hana::front(Menu::entries))>;
@@ -79,8 +79,8 @@ decltype(auto) visit_selected(const Selection& selection, Visit&& visit) {
   });
 }
 
-/// Calls `run(fabric)` with a `Fabric` of the menu's entry that is selected, with these loggers and callbacks, and returns
-/// what it returns.
+/// Calls `run(fabric)` with a `Fabric` of the menu's entry that is selected, with these loggers and callbacks, and
+/// returns what it returns.
 template <class Menu, class Run>
 decltype(auto) dispatch(const Selection& selection, Run&& run, const std::vector<std::shared_ptr<Logger>>& loggers = {},
                         const std::vector<std::shared_ptr<Callback>>& callbacks = {}) {
@@ -101,8 +101,8 @@ decltype(auto) dispatch(const Flags& flags, Run&& run, const std::vector<std::sh
   return dispatch<Menu>(resolve_for<Menu>(flags), std::forward<Run>(run), loggers, callbacks);
 }
 
-/// Adds `--accelerator`, `--strategy`, `--devices`, `--num-nodes`, `--precision` and `--environment` to a command line parser with CLI11's
-/// `add_option_function`, which fill `flags` while it parses.
+/// Adds `--accelerator`, `--strategy`, `--devices`, `--num-nodes`, `--precision` and `--environment` to a command line
+/// parser with CLI11's `add_option_function`, which fill `flags` while it parses.
 template <class App>
 void add_flags(App& app, Flags& flags) {
   using Value = const std::string&;
@@ -124,7 +124,8 @@ void add_flags(App& app, Flags& flags) {
       "--environment",
       [&flags](Value value) {
         flags.environment = std::string_view(value);
-        if (flags.environment.truncated) throw Error("fabric: --environment: '" + value + "' is no list of environments");
+        if (flags.environment.truncated)
+          throw Error("fabric: --environment: '" + value + "' is no list of environments");
       },
       "torchelastic, slurm, lsf, mpi, kubeflow or local; -slurm turns one off; by default it is detected");
 }

@@ -9,8 +9,8 @@
 #include <utility>
 #include <vector>
 
-#include <torch/torch.h>
 #include <torch/csrc/distributed/c10d/reducer.hpp>
+#include <torch/torch.h>
 #include <torch/version.h>
 
 static_assert(TORCH_VERSION_MAJOR == 2 && TORCH_VERSION_MINOR >= 9,

@@ -22,7 +22,8 @@ inline void use_deterministic_algorithms(bool on = true) {
   at::globalContext().setDeterministicCuDNN(on);
   if (on) {
     at::globalContext().setBenchmarkCuDNN(false);
-    setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8", /*overwrite=*/0);  // cuBLAS is deterministic only with a fixed workspace
+    setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8",
+           /*overwrite=*/0);  // cuBLAS is deterministic only with a fixed workspace
   }
 }
 

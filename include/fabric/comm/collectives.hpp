@@ -56,8 +56,8 @@ inline void barrier(const World& world) {
 /// Each tensor of the tree combined over the ranks, on all of them. Shapes and dtypes are the same on each rank. The
 /// input is left as it is; numbers inside the tree are not reduced. Throws fabric::Error for the mean of integers.
 template <class T>
-  requires(!std::is_arithmetic_v<tree::Bare<T>>)
-[[nodiscard]] tree::Bare<T> all_reduce(const World& world, T&& value, ReduceOp op = ReduceOp::mean) {
+requires(!std::is_arithmetic_v<tree::Bare<T>>)
+    [[nodiscard]] tree::Bare<T> all_reduce(const World& world, T&& value, ReduceOp op = ReduceOp::mean) {
   return tree::map(std::forward<T>(value), [&](const at::Tensor& tensor) {
     detail::check_mean(tensor, op);
     if (!world.group) return tensor;
@@ -72,7 +72,7 @@ template <class T>
 
 /// A number combined over the ranks, as a 64-bit float or integer.
 template <class T>
-  requires std::is_arithmetic_v<T>
+requires std::is_arithmetic_v<T>
 [[nodiscard]] T all_reduce(const World& world, T number, ReduceOp op = ReduceOp::mean) {
   using Wide = std::conditional_t<std::is_floating_point_v<T>, double, int64_t>;
   return static_cast<T>(all_reduce(world, torch::tensor(static_cast<Wide>(number)), op).template item<Wide>());
@@ -80,8 +80,8 @@ template <class T>
 
 /// Like `all_reduce`, but only rank `root` gets the result; the others get their own tensors back.
 template <class T>
-  requires(!std::is_arithmetic_v<tree::Bare<T>>)
-[[nodiscard]] tree::Bare<T> reduce(const World& world, T&& value, ReduceOp op = ReduceOp::mean, int root = 0) {
+requires(!std::is_arithmetic_v<tree::Bare<T>>)
+    [[nodiscard]] tree::Bare<T> reduce(const World& world, T&& value, ReduceOp op = ReduceOp::mean, int root = 0) {
   return tree::map(std::forward<T>(value), [&](const at::Tensor& tensor) {
     detail::check_mean(tensor, op);
     if (!world.group) return tensor;
@@ -99,8 +99,7 @@ template <class T>
 /// Each tensor of the tree from all ranks, stacked along a new first dimension: (world size, *shape). In a world of one
 /// the tree comes back as it is, without that dimension, as in Lightning Fabric.
 template <class T>
-  requires(!std::is_arithmetic_v<tree::Bare<T>>)
-[[nodiscard]] tree::Bare<T> all_gather(const World& world, T&& value) {
+requires(!std::is_arithmetic_v<tree::Bare<T>>) [[nodiscard]] tree::Bare<T> all_gather(const World& world, T&& value) {
   return tree::map(std::forward<T>(value), [&](const at::Tensor& tensor) {
     if (!world.group) return tensor;
     auto input = detail::own_copy(world, tensor);
@@ -115,8 +114,8 @@ template <class T>
 
 /// The tensors of rank `root`, on all ranks. The others give tensors of the same shapes and dtypes.
 template <class T>
-  requires(!std::is_arithmetic_v<tree::Bare<T>> && !std::is_same_v<tree::Bare<T>, std::string>)
-[[nodiscard]] tree::Bare<T> broadcast(const World& world, T&& value, int root = 0) {
+requires(!std::is_arithmetic_v<tree::Bare<T>> && !std::is_same_v<tree::Bare<T>, std::string>)
+    [[nodiscard]] tree::Bare<T> broadcast(const World& world, T&& value, int root = 0) {
   return tree::map(std::forward<T>(value), [&](const at::Tensor& tensor) {
     if (!world.group) return tensor;
     auto sent = detail::own_copy(world, tensor);
@@ -139,7 +138,7 @@ template <class T>
 
 /// Rank `root`'s number, on all ranks, bit for bit.
 template <class T>
-  requires std::is_arithmetic_v<T>
+requires std::is_arithmetic_v<T>
 [[nodiscard]] T broadcast(const World& world, T number, int root = 0) {
   if (!world.group) return number;
   auto bytes = at::from_blob(&number, {static_cast<int64_t>(sizeof number)}, at::kByte);

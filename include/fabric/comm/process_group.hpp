@@ -9,11 +9,11 @@
 #include <string>
 #include <utility>
 
-#include <torch/torch.h>
 #include <torch/csrc/distributed/c10d/PrefixStore.hpp>
 #include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
 #include <torch/csrc/distributed/c10d/ProcessGroupGloo.hpp>
 #include <torch/csrc/distributed/c10d/TCPStore.hpp>
+#include <torch/torch.h>
 #ifdef USE_C10D_NCCL
 #include <torch/csrc/distributed/c10d/ProcessGroupNCCL.hpp>
 #endif
@@ -32,8 +32,8 @@ inline constexpr bool built_with_nccl = false;
 /// Where the processes meet: a key-value store that one of them serves.
 struct Rendezvous {
   std::string address;
-  int port = 0;          ///< 0: the server picks a free one.
-  bool serve = false;    ///< This process is the server.
+  int port = 0;        ///< 0: the server picks a free one.
+  bool serve = false;  ///< This process is the server.
   std::chrono::milliseconds timeout{std::chrono::minutes(30)};
 };
 
@@ -75,11 +75,12 @@ inline std::shared_ptr<::gloo::transport::Device> gloo_device(const std::string&
 /// Makes the process group of `world`, whose ranks all call this in the same order: gloo for tensors on `cpu`, NCCL on
 /// `cuda`. Sets `where.port` to the server's. Throws `c10::Error` when the others do not come within the timeout.
 [[nodiscard]] inline c10::intrusive_ptr<c10d::ProcessGroup> make_process_group(const World& world, at::Device device,
-                                                                              Rendezvous& where) {
+                                                                               Rendezvous& where) {
   static int groups = 0;  // ranks make their groups in the same order, so that equal numbers meet
   // An elastic agent's store outlives the processes that it starts again.
   const char* attempt = std::getenv("TORCHELASTIC_RESTART_COUNT");
-  const std::string prefix = std::string("fabric/") + (attempt != nullptr ? attempt : "0") + "/" + std::to_string(groups++);
+  const std::string prefix =
+      std::string("fabric/") + (attempt != nullptr ? attempt : "0") + "/" + std::to_string(groups++);
   auto store = c10::make_intrusive<c10d::PrefixStore>(prefix, detail::shared_store(where));
   auto group = c10::make_intrusive<c10d::ProcessGroup>(store, world.global_rank, world.size);
   if (device.is_cuda()) {

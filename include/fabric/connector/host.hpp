@@ -32,9 +32,9 @@ class Found {
   T value_{};
 };
 
-/// A view of environment variables. `capture_variables()` in `fabric/connector/probe.hpp` makes one of the process's own; in a
-/// test or a static_assert a list in braces does: `{{"RANK", "0"}, {"WORLD_SIZE", "2"}}` (alive until the end of the
-/// full expression, like any list in braces).
+/// A view of environment variables. `capture_variables()` in `fabric/connector/probe.hpp` makes one of the process's
+/// own; in a test or a static_assert a list in braces does: `{{"RANK", "0"}, {"WORLD_SIZE", "2"}}` (alive until the end
+/// of the full expression, like any list in braces).
 class Variables {
  public:
   constexpr Variables() = default;

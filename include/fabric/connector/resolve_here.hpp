@@ -15,8 +15,8 @@
 namespace fabric {
 
 /// What these flags and this process's `LT_*` variables come down to on this machine. Rank 0 prints what a fallback
-/// replaced and what else is worth a warning. Throws fabric::Error that names every problem. `registry` holds a program's
-/// own strategies too: `registry_with<Gossip>`. `narrow(host)` may take away what the program has no use for.
+/// replaced and what else is worth a warning. Throws fabric::Error that names every problem. `registry` holds a
+/// program's own strategies too: `registry_with<Gossip>`. `narrow(host)` may take away what the program has no use for.
 template <class Narrow>
 [[nodiscard]] Selection resolve_here(const Flags& flags, const Registry& registry, Narrow&& narrow) {
   const CapturedVariables captured = capture_variables();

@@ -25,8 +25,8 @@ struct LoaderOptions {
   std::size_t workers = 0;  ///< Threads that read ahead.
 };
 
-/// Batches of this rank's rows, on its device. Each `begin()` starts the next epoch, with an order of its own if shuffled:
-/// `for (auto& batch : loader)`.
+/// Batches of this rank's rows, on its device. Each `begin()` starts the next epoch, with an order of its own if
+/// shuffled: `for (auto& batch : loader)`.
 template <class Dataset>
 class DataLoader {
  public:
@@ -75,14 +75,13 @@ class DataLoader {
     Batch batch_{};
   };
 
-  /// Begins the next epoch, or the one that `set_epoch` named, with threads of its own: a loop that was left early leaves
-  /// nothing behind.
+  /// Begins the next epoch, or the one that `set_epoch` named, with threads of its own: a loop that was left early
+  /// leaves nothing behind.
   Iterator begin() {
     sampler_.set_epoch(next_epoch_++);
-    loader_ = torch::data::make_data_loader(dataset_, sampler_,
-                                            torch::data::DataLoaderOptions(options_.batch_size)
-                                                .workers(options_.workers)
-                                                .drop_last(options_.drop_last));
+    loader_ = torch::data::make_data_loader(
+        dataset_, sampler_,
+        torch::data::DataLoaderOptions(options_.batch_size).workers(options_.workers).drop_last(options_.drop_last));
     return {loader_->begin(), loader_->end(), device_};
   }
   /// The end of the epoch that `begin` began.
@@ -102,7 +101,8 @@ class DataLoader {
  private:
   static std::size_t rows_of(const Dataset& dataset) {
     const auto rows = dataset.size();
-    if (!rows) throw Error("fabric: setup_dataloader needs a dataset that knows its size, to deal its rows to the ranks");
+    if (!rows)
+      throw Error("fabric: setup_dataloader needs a dataset that knows its size, to deal its rows to the ranks");
     return *rows;
   }
 

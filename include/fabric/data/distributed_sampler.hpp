@@ -8,8 +8,8 @@
 #include <optional>
 #include <vector>
 
-#include <torch/torch.h>
 #include <ATen/CPUGeneratorImpl.h>
+#include <torch/torch.h>
 
 namespace fabric {
 
@@ -77,8 +77,9 @@ class DistributedSampler : public torch::data::samplers::Sampler<> {
     if (rows_ == 0) return;
     at::Tensor order;
     if (shares_.shuffle) {
-      order = at::randperm(static_cast<int64_t>(rows_), at::make_generator<at::CPUGeneratorImpl>(shares_.seed + *epoch_),
-                           at::TensorOptions().dtype(at::kLong));
+      order =
+          at::randperm(static_cast<int64_t>(rows_), at::make_generator<at::CPUGeneratorImpl>(shares_.seed + *epoch_),
+                       at::TensorOptions().dtype(at::kLong));
     } else {
       order = at::arange(static_cast<int64_t>(rows_));
     }

@@ -240,11 +240,11 @@ class Children {
   }
 
   [[noreturn]] void fail(const Child& failed, int status) {
-    std::string message = "fabric: local rank " + std::to_string(failed.local_rank) + " (process " +
-                          std::to_string(failed.pid) + ") ";
-    message += WIFSIGNALED(status)
-                   ? "was killed by signal " + std::to_string(WTERMSIG(status)) + " (" + strsignal(WTERMSIG(status)) + ")"
-                   : "ended with exit code " + std::to_string(WEXITSTATUS(status));
+    std::string message =
+        "fabric: local rank " + std::to_string(failed.local_rank) + " (process " + std::to_string(failed.pid) + ") ";
+    message += WIFSIGNALED(status) ? "was killed by signal " + std::to_string(WTERMSIG(status)) + " (" +
+                                         strsignal(WTERMSIG(status)) + ")"
+                                   : "ended with exit code " + std::to_string(WEXITSTATUS(status));
     if (!failed.reason.empty()) message += ": " + failed.reason;
     message += "\nfabric: ending the other processes of this job\n";
     end_all();

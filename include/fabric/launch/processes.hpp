@@ -57,7 +57,8 @@ inline void divide_threads(int local_size) {
 ///
 /// Throws fabric::Error for variables that are missing or contradict the flags, `c10::Error` when the other ranks do
 /// not come within `timeout`.
-[[nodiscard]] inline World join_world(const Selection& selection, at::Device device, std::chrono::milliseconds timeout) {
+[[nodiscard]] inline World join_world(const Selection& selection, at::Device device,
+                                      std::chrono::milliseconds timeout) {
   Children::join_parent();
   const CapturedVariables captured = capture_variables();
   const Variables variables = captured;
@@ -104,7 +105,8 @@ inline void divide_threads(int local_size) {
 
   detail::divide_threads(local_size);
   if (!external) {
-    // The server comes before the others are started, so that the port it took is theirs and nobody can take it between.
+    // The server comes before the others are started, so that the port it took is theirs and nobody can take it
+    // between.
     if (where.serve) detail::shared_store(where);
     detail::start_children(world, local_size, where);
   }

@@ -17,12 +17,12 @@
 namespace fabric {
 
 /// Writes metrics to a CSV file with one column per name: "step" first, the others as they first appear. Numbers are
-/// written so that reading them gives the same double. The file is complete after each row; a row that brings a new name
-/// rewrites it once with a wider header.
+/// written so that reading them gives the same double. The file is complete after each row; a row that brings a new
+/// name rewrites it once with a wider header.
 class CsvLogger : public Logger {
  public:
-  /// Replaces what is at `path`. The file comes into being with the first row. Throws fabric::Error when its folder cannot
-  /// be made.
+  /// Replaces what is at `path`. The file comes into being with the first row. Throws fabric::Error when its folder
+  /// cannot be made.
   explicit CsvLogger(std::filesystem::path path) : path_(std::move(path)) {
     std::error_code error;
     if (path_.has_parent_path()) std::filesystem::create_directories(path_.parent_path(), error);

@@ -29,7 +29,8 @@ namespace detail {
 
 inline void check_bound(const char* name, double bound) {
   if (bound >= 0) return;
-  throw Error(std::string("fabric: clip_gradients: ") + name + " is " + std::to_string(bound) + ": zero or more is legal");
+  throw Error(std::string("fabric: clip_gradients: ") + name + " is " + std::to_string(bound) +
+              ": zero or more is legal");
 }
 
 [[noreturn]] inline void refuse_nonfinite(const NamedParameters& named, double norm) {
@@ -56,7 +57,8 @@ inline at::Tensor clip_gradients(const NamedParameters& named, const ClipNorm& c
     if (parameter.grad().defined()) gradients.push_back(parameter.grad());
   }
   if (gradients.empty()) return at::zeros({});
-  const at::Tensor norm = at::linalg_vector_norm(at::stack(at::_foreach_norm(gradients, clip.norm_type)), clip.norm_type);
+  const at::Tensor norm =
+      at::linalg_vector_norm(at::stack(at::_foreach_norm(gradients, clip.norm_type)), clip.norm_type);
   if (clip.error_if_nonfinite) {
     const double value = norm.item<double>();
     if (!std::isfinite(value)) detail::refuse_nonfinite(named, value);

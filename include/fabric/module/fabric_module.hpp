@@ -23,12 +23,12 @@ concept ModuleImpl = std::derived_from<std::remove_cvref_t<T>, torch::nn::Module
 template <class T>
 concept ModulePointer = requires(const std::remove_cvref_t<T>& pointer) {
   { *pointer } -> ModuleImpl;
-  { pointer.get() };
+  {pointer.get()};
 };
 template <class T>
 concept ModuleHolder = requires(const std::remove_cvref_t<T>& holder) {
   { *holder } -> ModuleImpl;
-  { holder.ptr() };
+  {holder.ptr()};
 };
 
 }  // namespace detail
@@ -70,8 +70,8 @@ class FabricModule {
   FabricModule(std::shared_ptr<M> module, at::DeviceType device)
       : module_(std::move(module)), state_(std::make_shared<ModuleState>()), device_(device) {}
 
-  /// Runs forward, with any arguments that it takes, and returns what it returns. Floating-point tensors in arguments and
-  /// result are converted as the precision says.
+  /// Runs forward, with any arguments that it takes, and returns what it returns. Floating-point tensors in arguments
+  /// and result are converted as the precision says.
   template <class... Arguments>
   auto operator()(Arguments&&... arguments) const {
     return run([](M& module, auto&&... inputs) { return module.forward(std::forward<decltype(inputs)>(inputs)...); },
@@ -81,7 +81,7 @@ class FabricModule {
   /// Another method that is to run like forward: `auto encode = model.mark_forward_method(&Net::encode)`, then
   /// `encode(x)`. A method called on the module directly gets no autocast, and its gradients are not averaged.
   template <class Method>
-    requires std::is_member_function_pointer_v<Method>
+  requires std::is_member_function_pointer_v<Method>
   [[nodiscard]] auto mark_forward_method(Method method) const {
     return [self = *this, method](auto&&... arguments) {
       return self.run(method, std::forward<decltype(arguments)>(arguments)...);
@@ -99,8 +99,8 @@ class FabricModule {
  private:
   template <class Function, class... Arguments>
   auto run(Function&& function, Arguments&&... arguments) const {
-    static_assert(!std::is_void_v<std::invoke_result_t<Function, M&, decltype(Precision::convert_input(
-                      std::forward<Arguments>(arguments)))...>>,
+    static_assert(!std::is_void_v<std::invoke_result_t<
+                      Function, M&, decltype(Precision::convert_input(std::forward<Arguments>(arguments)))...>>,
                   "fabric: a forward method returns what the loss is made from; this one returns nothing");
     return Precision::convert_output(Engine::forward(*state_, [&] {
       typename Precision::ForwardContext context(device_);

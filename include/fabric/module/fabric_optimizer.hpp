@@ -18,7 +18,7 @@ concept OptimizerItself = std::derived_from<std::remove_cvref_t<T>, torch::optim
 template <class T>
 concept OptimizerPointer = requires(const std::remove_cvref_t<T>& pointer) {
   { *pointer } -> OptimizerItself;
-  { pointer.get() };
+  {pointer.get()};
 };
 
 }  // namespace detail
@@ -57,7 +57,8 @@ class FabricOptimizer {
   FabricOptimizer(std::shared_ptr<O> optimizer, std::vector<std::shared_ptr<ModuleState>> states)
       : optimizer_(std::move(optimizer)), states_(std::move(states)) {}
 
-  /// Changes the parameters by their gradients. Throws fabric::Error when the strategy knows that those are not averaged.
+  /// Changes the parameters by their gradients. Throws fabric::Error when the strategy knows that those are not
+  /// averaged.
   void step() {
     before_step();
     optimizer_->step();

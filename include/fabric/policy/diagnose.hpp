@@ -41,8 +41,8 @@ inline constexpr auto facts_of = boost::hana::unpack(List{}, [](auto... type) {
   return std::array{decltype(type)::type::facts...};
 });
 
-/// How far `to` is from `from`, where `change` is the choice that the refusing rule says to change: changing that one is
-/// cheap, and a replacement of the same nature (parallel or not, mixed or not) is cheaper than one of another.
+/// How far `to` is from `from`, where `change` is the choice that the refusing rule says to change: changing that one
+/// is cheap, and a replacement of the same nature (parallel or not, mixed or not) is cheaper than one of another.
 constexpr int distance(const Combination& from, const Combination& to, Axis change) {
   int cost = 0;
   if (to.accelerator != from.accelerator) cost += change == Axis::accelerator ? 2 : 9;

@@ -32,18 +32,19 @@ struct Menu;
 template <class... A, class... S, class... P>
 struct Menu<Accelerators<A...>, Strategies<S...>, Precisions<P...>> {
  private:
-  static constexpr auto choices = boost::hana::cartesian_product(boost::hana::make_tuple(
-      boost::hana::tuple_t<A...>, boost::hana::tuple_t<S...>, boost::hana::tuple_t<P...>));
+  static constexpr auto choices = boost::hana::cartesian_product(
+      boost::hana::make_tuple(boost::hana::tuple_t<A...>, boost::hana::tuple_t<S...>, boost::hana::tuple_t<P...>));
 
  public:
   static constexpr auto entries = boost::hana::transform(
-      boost::hana::filter(choices,
-                          [](auto choice) {
-                            return boost::hana::unpack(choice, [](auto a, auto s, auto p) {
-                              return boost::hana::bool_c<CompatibleWith<typename decltype(a)::type, typename decltype(s)::type,
-                                                                        typename decltype(p)::type>>;
-                            });
-                          }),
+      boost::hana::filter(
+          choices,
+          [](auto choice) {
+            return boost::hana::unpack(choice, [](auto a, auto s, auto p) {
+              return boost::hana::bool_c<
+                  CompatibleWith<typename decltype(a)::type, typename decltype(s)::type, typename decltype(p)::type>>;
+            });
+          }),
       [](auto choice) {
         return boost::hana::unpack(choice, [](auto a, auto s, auto p) {
           return boost::hana::type_c<

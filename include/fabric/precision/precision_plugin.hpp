@@ -19,7 +19,9 @@ class PrecisionPlugin;
 
 /// Is there code for this precision yet?
 template <class P>
-concept HasPrecisionPlugin = requires { sizeof(PrecisionPlugin<P>); };
+concept HasPrecisionPlugin = requires {
+  sizeof(PrecisionPlugin<P>);
+};
 
 /// The LibTorch dtype of a `Scalar`.
 [[nodiscard]] constexpr at::ScalarType dtype_of(Scalar scalar) {

@@ -122,17 +122,17 @@ class DdpModule {
     }
   }
 
-  /// Throws fabric::Error when gradients were not averaged: a parameter took no part in the loss, the last backward kept
-  /// gradients local, or the module was called past its wrapper. Then shares the buffers, so that the ranks agree when
-  /// they evaluate, each at its own pace.
+  /// Throws fabric::Error when gradients were not averaged: a parameter took no part in the loss, the last backward
+  /// kept gradients local, or the module was called past its wrapper. Then shares the buffers, so that the ranks agree
+  /// when they evaluate, each at its own pace.
   void before_step() {
     if (!reducer_) return;
     naming_unused([&] { reducer_->check_finalized(); });
     if (*unaveraged_) {
       throw Error(
-          "fabric: Ddp: the gradients were not averaged over the ranks: the last backward ran under no_backward_sync, or "
-          "its forward was not called through what `setup` returned. Step after a backward outside no_backward_sync, and "
-          "call the wrapped module; its other methods by `mark_forward_method`");
+          "fabric: Ddp: the gradients were not averaged over the ranks: the last backward ran under no_backward_sync, "
+          "or its forward was not called through what `setup` returned. Step after a backward outside "
+          "no_backward_sync, and call the wrapped module; its other methods by `mark_forward_method`");
     }
     share_buffers();
   }
@@ -179,8 +179,10 @@ class DdpModule {
       std::string unused;
       for (std::size_t index = 0; indices >> index;) unused += (unused.empty() ? "" : ", ") + names_.at(index);
       throw Error(
-          "fabric: Ddp: these parameters took no part in the loss, so that their gradients cannot be averaged: " + unused +
-          ". Use DdpFindUnusedParameters (ddp_find_unused_parameters_true), or leave them out by requires_grad_(false)");
+          "fabric: Ddp: these parameters took no part in the loss, so that their gradients cannot be averaged: " +
+          unused +
+          ". Use DdpFindUnusedParameters (ddp_find_unused_parameters_true), or leave them out by "
+          "requires_grad_(false)");
     }
   }
 

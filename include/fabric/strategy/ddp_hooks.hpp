@@ -5,9 +5,9 @@
 #include <utility>
 #include <vector>
 
-#include <torch/torch.h>
 #include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
 #include <torch/csrc/distributed/c10d/comm.hpp>
+#include <torch/torch.h>
 
 namespace fabric {
 

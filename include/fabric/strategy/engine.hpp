@@ -24,6 +24,8 @@ class Engine;
 
 /// Is there code for this strategy on this accelerator?
 template <class A, class S>
-concept HasEngine = requires { sizeof(Engine<A, S>); };
+concept HasEngine = requires {
+  sizeof(Engine<A, S>);
+};
 
 }  // namespace fabric

@@ -9,8 +9,8 @@
 
 namespace fabric {
 
-/// Never defined: naming it makes the compiler say that `Given` is legal, but the library has no engine for its strategy
-/// on its accelerator yet.
+/// Never defined: naming it makes the compiler say that `Given` is legal, but the library has no engine for its
+/// strategy on its accelerator yet.
 template <class Given, class Instead>
 struct engine_not_written_yet;
 
@@ -26,8 +26,8 @@ namespace detail {
 
 /// Processes on GPUs talk by NCCL.
 template <class A, class S>
-inline constexpr bool needs_nccl = A::facts.device == DeviceType::cuda && S::facts.family == StrategyFamily::ddp &&
-                                   S::facts.start_method == StartMethod::popen;
+inline constexpr bool needs_nccl = A::facts.device == DeviceType::cuda&& S::facts.family ==
+                                   StrategyFamily::ddp&& S::facts.start_method == StartMethod::popen;
 
 /// The code behind policies; a stand-in for policies that are refused, so that the message is not buried under errors
 /// that follow from it.
@@ -37,7 +37,7 @@ struct CodeFor {
   using Plugin = PrecisionPlugin<F32>;
 };
 template <class A, class S, class P>
-  requires HasEngine<A, S> && HasPrecisionPlugin<P>
+requires HasEngine<A, S> && HasPrecisionPlugin<P>
 struct CodeFor<A, S, P> {
   using Engine = fabric::Engine<A, S>;
   using Plugin = PrecisionPlugin<P>;

@@ -14,8 +14,7 @@ namespace fabric {
 
 /// One process, one device: every step is what a hand-written loop does.
 template <class A>
-  requires(std::same_as<A, Cpu> || std::same_as<A, Cuda>)
-class Engine<A, SingleDevice> {
+requires(std::same_as<A, Cpu> || std::same_as<A, Cuda>) class Engine<A, SingleDevice> {
  public:
   struct Options {};
   struct ModuleState {};

@@ -55,9 +55,8 @@ constexpr void merge_accelerator(State& state) {
   if (flag.is_object) state.accelerator_object = Maybe(flag.facts);
   if (!flag.is_object) state.accelerator = flag.text;
   if (flag.is_object || flag.text != "auto") state.out.sources.accelerator = Source::flag;
-  if (const auto v = winner(state, "LT_ACCELERATOR", "accelerator", "auto", [&] {
-        return flag.is_object ? object_value(flag.facts.name) : text_value(flag.text);
-      })) {
+  if (const auto v = winner(state, "LT_ACCELERATOR", "accelerator", "auto",
+                            [&] { return flag.is_object ? object_value(flag.facts.name) : text_value(flag.text); })) {
     state.accelerator = v->value;
     state.accelerator_object = {};
     state.out.sources.accelerator = Source::variable;
