@@ -1,0 +1,130 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <string_view>
+#include <type_traits>
+#include <utility>
+#include <variant>
+#include <vector>
+
+#include <ATen/core/Tensor.h>
+
+#include "fabric/error.hpp"
+
+namespace fabric {
+
+class Value;
+
+/// A list, or one of Python's tuples, of values.
+struct List {
+  std::vector<Value> items;
+  bool is_tuple = false;
+};
+
+/// Keys with values, in the order in which they were added. A key is a text or, as in an optimizer's state, a number.
+class Dict {
+ public:
+  using Key = std::variant<std::string, std::int64_t>;
+
+  Dict() = default;
+  Dict(std::initializer_list<std::pair<Key, Value>> entries);
+
+  /// The value of `key`, added if it is not there.
+  Value& operator[](const Key& key);
+  /// Throws fabric::Error that names the key and those that are there.
+  [[nodiscard]] const Value& at(const Key& key) const;
+  /// Null if there is no such key.
+  [[nodiscard]] const Value* find(const Key& key) const;
+  [[nodiscard]] Value* find(const Key& key);
+
+  [[nodiscard]] std::size_t size() const;
+  [[nodiscard]] auto begin() const { return entries_.begin(); }
+  [[nodiscard]] auto end() const { return entries_.end(); }
+  [[nodiscard]] auto begin() { return entries_.begin(); }
+  [[nodiscard]] auto end() { return entries_.end(); }
+
+ private:
+  std::vector<std::pair<Key, Value>> entries_;
+};
+
+/// What a checkpoint is made of: a tree of tensors, numbers and texts in the shape that Python's `state_dict`s have.
+/// An object takes part in checkpoints by two members, as in Python: `Value state_dict() const` and
+/// `void load_state_dict(const Value&)`.
+class Value {
+ public:
+  using Data = std::variant<std::monostate, bool, std::int64_t, double, std::string, at::Tensor, List, Dict>;
+
+  Value() = default;                   ///< Python's None.
+  Value(bool value) : data_(value) {}  // NOLINT(google-explicit-constructor): a tree of values is written as literals
+  template <class Number>
+  requires(std::is_integral_v<Number> && !std::is_same_v<Number, bool>) Value(Number value)
+      : data_(static_cast<std::int64_t>(value)) {}         // NOLINT(google-explicit-constructor)
+  Value(double value) : data_(value) {}                    // NOLINT(google-explicit-constructor)
+  Value(std::string value) : data_(std::move(value)) {}    // NOLINT(google-explicit-constructor)
+  Value(const char* value) : data_(std::string(value)) {}  // NOLINT(google-explicit-constructor)
+  Value(at::Tensor value) : data_(std::move(value)) {}     // NOLINT(google-explicit-constructor)
+  Value(List value) : data_(std::move(value)) {}           // NOLINT(google-explicit-constructor)
+  Value(Dict value) : data_(std::move(value)) {}           // NOLINT(google-explicit-constructor)
+
+  [[nodiscard]] const Data& data() const { return data_; }
+  [[nodiscard]] Data& data() { return data_; }
+  template <class T>
+  [[nodiscard]] bool is() const {
+    return std::holds_alternative<T>(data_);
+  }
+  [[nodiscard]] bool is_none() const { return is<std::monostate>(); }
+  /// Throws fabric::Error, with `what` in front, if the value is of another kind.
+  template <class T>
+  [[nodiscard]] const T& as(std::string_view what) const {
+    if (const T* value = std::get_if<T>(&data_)) return *value;
+    throw Error("fabric: " + std::string(what) + " is " + std::string(kind()) + ", not " +
+                std::string(Value(T{}).kind()));
+  }
+  /// An integer, a double or a bool as a double.
+  [[nodiscard]] double as_number(std::string_view what) const {
+    if (const auto* integer = std::get_if<std::int64_t>(&data_)) return static_cast<double>(*integer);
+    if (const auto* flag = std::get_if<bool>(&data_)) return *flag ? 1 : 0;
+    return as<double>(what);
+  }
+  /// "a tensor", "a text", ...
+  [[nodiscard]] std::string_view kind() const {
+    constexpr std::string_view kinds[] = {"nothing", "a bool",   "an integer", "a float",
+                                          "a text",  "a tensor", "a list",     "a dict"};
+    return kinds[data_.index()];
+  }
+
+ private:
+  Data data_;
+};
+
+inline Dict::Dict(std::initializer_list<std::pair<Key, Value>> entries) : entries_(entries) {}
+
+inline std::size_t Dict::size() const { return entries_.size(); }
+
+inline Value* Dict::find(const Key& key) {
+  for (auto& [own, value] : entries_) {
+    if (own == key) return &value;
+  }
+  return nullptr;
+}
+inline const Value* Dict::find(const Key& key) const { return const_cast<Dict*>(this)->find(key); }
+
+inline Value& Dict::operator[](const Key& key) {
+  if (Value* value = find(key)) return *value;
+  return entries_.emplace_back(key, Value()).second;
+}
+
+inline const Value& Dict::at(const Key& key) const {
+  if (const Value* value = find(key)) return *value;
+  const auto text = [](const Key& any) {
+    return std::holds_alternative<std::string>(any) ? std::get<std::string>(any)
+                                                    : std::to_string(std::get<std::int64_t>(any));
+  };
+  std::string there;
+  for (const auto& [own, value] : entries_) there += (there.empty() ? "" : ", ") + text(own);
+  throw Error("fabric: there is no '" + text(key) + "'; there are: " + (there.empty() ? "none" : there));
+}
+
+}  // namespace fabric
