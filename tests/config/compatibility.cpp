@@ -42,7 +42,7 @@ std::string compatibility() {
       "its modes; it needs Cuda wherever it is allowed.\n\n| |";
   const auto each_precision = [](auto&& visit) {
     bool bitsandbytes = false;
-    hana::for_each(built_in_precisions, [&](auto precision) {
+    hana::for_each(built_in_precisions<>, [&](auto precision) {
       const PrecisionFacts facts = decltype(precision)::type::facts;
       if (facts.kind == PrecisionKind::bitsandbytes && std::exchange(bitsandbytes, true)) return;
       visit(facts);
@@ -52,12 +52,12 @@ std::string compatibility() {
   text += "\n|---|";
   each_precision([&](const PrecisionFacts&) { text += "---|"; });
   text += "\n";
-  hana::for_each(built_in_strategies, [&](auto strategy) {
+  hana::for_each(built_in_strategies<>, [&](auto strategy) {
     const StrategyFacts s = decltype(strategy)::type::facts;
     text += "| `" + title(s) + "` |";
     each_precision([&](const PrecisionFacts& p) {
       std::string cell;
-      hana::for_each(built_in_accelerators, [&](auto accelerator) {
+      hana::for_each(built_in_accelerators<>, [&](auto accelerator) {
         const AcceleratorFacts a = decltype(accelerator)::type::facts;
         if (first_refusal({a, s, p, Detected::facts}) != RuleId::none) return;
         cell += (cell.empty() ? " " : ", ") + title(a);

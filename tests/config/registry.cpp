@@ -7,6 +7,7 @@
 #include <boost/hana/string.hpp>
 
 #include "fabric/config.hpp"
+#include "fabric/policy/by_flag.hpp"
 #include "fabric/connector/message.hpp"
 #include "support/catch.hpp"
 

@@ -20,9 +20,9 @@ constexpr Host host_of(DeviceType device) {
 
 TEST_CASE("table, concept and connector agree on every combination", "[issue-4.accept]") {
   int legal = 0, refused = 0;
-  hana::for_each(built_in_accelerators, [&](auto accelerator) {
-    hana::for_each(built_in_strategies, [&](auto strategy) {
-      hana::for_each(built_in_precisions, [&](auto precision) {
+  hana::for_each(built_in_accelerators<>, [&](auto accelerator) {
+    hana::for_each(built_in_strategies<>, [&](auto strategy) {
+      hana::for_each(built_in_precisions<>, [&](auto precision) {
         using A = typename decltype(accelerator)::type;
         using S = typename decltype(strategy)::type;
         using P = typename decltype(precision)::type;

@@ -29,22 +29,6 @@ struct Explained {
 
 namespace detail {
 
-inline std::string note_sentence(Note note) {
-  switch (note) {
-    case Note::precision_alias_discouraged:
-      return "16 and bf16 leave open whether weights are 16 bits wide: write 16-mixed, bf16-mixed or -true";
-    case Note::dp_on_cpu_to_ddp: return "dp has no use on CPUs: ddp instead";
-    case Note::fp16_amp_cpu_to_bf16: return "CPUs have no autocast to half floats: bf16-mixed instead";
-    case Note::srun_not_used: return "Slurm is here, but the program was not started by srun";
-    case Note::scaler_disabled_no_cuda: return "without CUDA gradients are not scaled";
-    case Note::single_tpu_deprecated: return "single_tpu is an old name of single_xla";
-    case Note::amp_fp16: return "matrix products in half floats by autocast";
-    case Note::amp_bf16: return "matrix products in bfloat16 by autocast";
-    case Note::interactive_one_gpu: return "a notebook uses one GPU unless --devices says otherwise";
-  }
-  return {};
-}
-
 inline std::string because(Source source, std::string_view flag, std::string_view value) {
   const std::string name = shown_flag(flag);
   switch (source) {

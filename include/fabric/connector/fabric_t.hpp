@@ -78,11 +78,11 @@ struct ToLegal {
   }
 };
 template <class... Extra>
-using AllAccelerators = decltype(with_extra<Extra...>(built_in_accelerators, IsAccelerator{}));
+using AllAccelerators = decltype(with_extra<Extra...>(built_in_accelerators<>, IsAccelerator{}));
 template <class... Extra>
-using AllStrategies = decltype(with_extra<Extra...>(built_in_strategies, IsStrategy{}));
+using AllStrategies = decltype(with_extra<Extra...>(built_in_strategies<>, IsStrategy{}));
 template <class... Extra>
-using AllPrecisions = std::remove_const_t<decltype(built_in_precisions)>;
+using AllPrecisions = std::remove_const_t<decltype(built_in_precisions<>)>;
 template <class Policies>
 using Legal = typename decltype(boost::hana::unpack(Policies{}, ToLegal{}))::type;
 

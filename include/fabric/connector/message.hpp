@@ -69,6 +69,23 @@ inline std::string shown_flag(std::string_view flag) {
   return text;
 }
 
+/// What a note says to people.
+inline std::string note_sentence(Note note) {
+  switch (note) {
+    case Note::precision_alias_discouraged:
+      return "16 and bf16 leave open whether weights are 16 bits wide: write 16-mixed, bf16-mixed or -true";
+    case Note::dp_on_cpu_to_ddp: return "dp has no use on CPUs: ddp instead";
+    case Note::fp16_amp_cpu_to_bf16: return "CPUs have no autocast to half floats: bf16-mixed instead";
+    case Note::srun_not_used: return "Slurm is here, but the program was not started by srun";
+    case Note::scaler_disabled_no_cuda: return "without CUDA gradients are not scaled";
+    case Note::single_tpu_deprecated: return "single_tpu is an old name of single_xla";
+    case Note::amp_fp16: return "matrix products in half floats by autocast";
+    case Note::amp_bf16: return "matrix products in bfloat16 by autocast";
+    case Note::interactive_one_gpu: return "a notebook uses one GPU unless --devices says otherwise";
+  }
+  return {};
+}
+
 }  // namespace detail
 
 /// A problem as a sentence for people: the flag or variable, what was given, what is legal, what is near and how to

@@ -1,15 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <dirent.h>
 #include <dlfcn.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <climits>
+#include <cstdio>
 #include <deque>
-#include <filesystem>
-#include <fstream>
-#include <iterator>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -48,6 +47,17 @@ class CapturedVariables {
 
 namespace detail {
 
+/// What the file has, all of it; false where it cannot be read.
+inline bool read_file(const std::string& path, std::string& text) {
+  std::FILE* file = std::fopen(path.c_str(), "re");
+  if (file == nullptr) return false;
+  char buffer[4096];
+  for (std::size_t n = 1; n > 0; text.append(buffer, n)) n = std::fread(buffer, 1, sizeof buffer, file);
+  const bool whole = std::ferror(file) == 0;
+  std::fclose(file);
+  return whole;
+}
+
 /// The UUIDs of the machine's NVIDIA GPUs in NVML's order. NVML creates no CUDA context, so that the process can still
 /// fork; without its library the driver's files say as much.
 inline std::vector<std::string> nvidia_gpu_uuids() {
@@ -80,18 +90,20 @@ inline std::vector<std::string> nvidia_gpu_uuids() {
     }
     dlclose(library);
   }
-  std::error_code error;
-  std::vector<std::filesystem::path> gpus;
-  std::filesystem::directory_iterator entry("/proc/driver/nvidia/gpus", error);
-  for (; !error && entry != std::filesystem::directory_iterator(); entry.increment(error)) gpus.push_back(*entry);
-  std::sort(gpus.begin(), gpus.end());
-  for (const auto& gpu : gpus) {
-    std::ifstream file(gpu / "information");
-    std::string uuid;
-    for (std::string word; file >> word;) {
-      if (word.starts_with("GPU-")) uuid = word;
+  const std::string folder = "/proc/driver/nvidia/gpus/";
+  std::vector<std::string> gpus;
+  if (DIR* entries = opendir(folder.c_str())) {
+    while (const dirent* entry = readdir(entries)) {
+      if (entry->d_name[0] != '.') gpus.emplace_back(entry->d_name);
     }
-    uuids.push_back(uuid);
+    closedir(entries);
+  }
+  std::sort(gpus.begin(), gpus.end());
+  for (const std::string& gpu : gpus) {
+    std::string information;
+    read_file(folder + gpu + "/information", information);
+    const std::size_t begin = std::min(information.rfind("GPU-"), information.size());
+    uuids.push_back(information.substr(begin, information.find_first_of(" \t\n", begin) - begin));
   }
   return uuids;
 }
@@ -135,9 +147,9 @@ class ProbedHost {
     host_.cuda_devices = visible ? visible->count : 1;  // several MIG devices: `parse_devices` refuses them
     for (int i = 0; access(("/dev/accel" + std::to_string(i)).c_str(), F_OK) == 0; ++i) ++host_.tpu_devices;
     if (const Found<Variable> path = variables.find("LSB_DJOB_RANKFILE")) {
-      std::ifstream file{std::string(path->value)};
-      if (file) {
-        file_ = {keep(std::string(path->value)), keep({std::istreambuf_iterator<char>(file), {}})};
+      std::string text;
+      if (detail::read_file(std::string(path->value), text)) {
+        file_ = {keep(std::string(path->value)), keep(std::move(text))};
         host_.files = &file_;
         host_.file_count = 1;
       }

@@ -5,7 +5,6 @@
 #include <string>
 
 #include "fabric/connector/environment.hpp"
-#include "fabric/connector/explain.hpp"
 #include "fabric/connector/message.hpp"
 #include "fabric/connector/probe.hpp"
 #include "fabric/connector/resolve.hpp"
@@ -14,11 +13,21 @@
 
 namespace fabric {
 
+namespace detail {
+
+/// Takes nothing away from a host.
+struct WholeHost {
+  void operator()(Host& /*host*/) const {}
+};
+
+}  // namespace detail
+
 /// What these flags and this process's `LT_*` variables come down to on this machine. Rank 0 prints what a fallback
 /// replaced and what else is worth a warning. Throws fabric::Error that names every problem. `registry` holds a
 /// program's own strategies too: `registry_with<Gossip>`. `narrow(host)` may take away what the program has no use for.
-template <class Narrow>
-[[nodiscard]] Selection resolve_here(const Flags& flags, const Registry& registry, Narrow&& narrow) {
+template <class Narrow = detail::WholeHost>
+[[nodiscard]] Selection resolve_here(const Flags& flags, const Registry& registry = built_in_registry,
+                                     Narrow&& narrow = {}) {
   const CapturedVariables captured = capture_variables();
   const Variables variables = captured;
   const ProbedHost probed = probe_host(variables);
@@ -35,9 +44,6 @@ template <class Narrow>
     }
   }
   return resolution;
-}
-[[nodiscard]] inline Selection resolve_here(const Flags& flags, const Registry& registry = built_in_registry) {
-  return resolve_here(flags, registry, [](Host&) {});
 }
 
 /// Is it this combination that the connector selected? `Detected` stands for every environment.

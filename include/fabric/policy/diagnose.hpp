@@ -58,34 +58,36 @@ constexpr int distance(const Combination& from, const Combination& to, Axis chan
 }
 
 /// The nearest legal combination of the library's own policies. Every accelerator has one, so the search cannot fail.
-constexpr Neighbour nearest_legal(const Combination& given) {
-  constexpr auto accelerators = facts_of<std::remove_const_t<decltype(built_in_accelerators)>>;
-  constexpr auto strategies = facts_of<std::remove_const_t<decltype(built_in_strategies)>>;
-  constexpr auto precisions = facts_of<std::remove_const_t<decltype(built_in_precisions)>>;
-  const Axis change = rule_of(first_refusal(given)).change;
-  Neighbour nearest{0, 0, 0};
-  int least = -1;
-  for (std::size_t a = 0; a < accelerators.size(); ++a) {
-    for (std::size_t s = 0; s < strategies.size(); ++s) {
-      for (std::size_t p = 0; p < precisions.size(); ++p) {
-        const Combination other{accelerators[a], strategies[s], precisions[p], given.environment};
-        const int cost = distance(given, other, change);
-        if ((least < 0 || cost < least) && first_refusal(other) == RuleId::none) {
-          nearest = {a, s, p};
-          least = cost;
+template <class A, class S, class P, class E>
+class NearestLegal {
+  static constexpr Neighbour search() {
+    constexpr auto accelerators = facts_of<std::remove_const_t<decltype(built_in_accelerators<>)>>;
+    constexpr auto strategies = facts_of<std::remove_const_t<decltype(built_in_strategies<>)>>;
+    constexpr auto precisions = facts_of<std::remove_const_t<decltype(built_in_precisions<>)>>;
+    constexpr Combination given = combination_v<A, S, P, E>;
+    constexpr Axis change = rule_of(first_refusal(given)).change;
+    Neighbour nearest{0, 0, 0};
+    int least = -1;
+    for (std::size_t a = 0; a < accelerators.size(); ++a) {
+      for (std::size_t s = 0; s < strategies.size(); ++s) {
+        for (std::size_t p = 0; p < precisions.size(); ++p) {
+          const Combination other{accelerators[a], strategies[s], precisions[p], given.environment};
+          const int cost = distance(given, other, change);
+          if ((least < 0 || cost < least) && first_refusal(other) == RuleId::none) {
+            nearest = {a, s, p};
+            least = cost;
+          }
         }
       }
     }
+    return nearest;
   }
-  return nearest;
-}
+  static constexpr Neighbour index = search();
 
-template <class A, class S, class P, class E>
-struct NearestLegal {
-  static constexpr Neighbour index = nearest_legal(combination_v<A, S, P, E>);
-  using type = Fabric<typename decltype(+boost::hana::at_c<index.accelerator>(built_in_accelerators))::type,
-                      typename decltype(+boost::hana::at_c<index.strategy>(built_in_strategies))::type,
-                      typename decltype(+boost::hana::at_c<index.precision>(built_in_precisions))::type, E>;
+ public:
+  using type = Fabric<typename decltype(+boost::hana::at_c<index.accelerator>(built_in_accelerators<>))::type,
+                      typename decltype(+boost::hana::at_c<index.strategy>(built_in_strategies<>))::type,
+                      typename decltype(+boost::hana::at_c<index.precision>(built_in_precisions<>))::type, E>;
 };
 
 }  // namespace detail

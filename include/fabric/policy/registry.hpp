@@ -4,15 +4,9 @@
 #include <array>
 #include <cstddef>
 #include <string_view>
-#include <utility>
 
-#include <boost/hana/at_key.hpp>
-#include <boost/hana/map.hpp>
-#include <boost/hana/pair.hpp>
-#include <boost/hana/string.hpp>
 #include <boost/hana/tuple.hpp>
 #include <boost/hana/type.hpp>
-#include <boost/hana/unpack.hpp>
 
 #include "fabric/policy/accelerator.hpp"
 #include "fabric/policy/precision.hpp"
@@ -20,13 +14,17 @@
 
 namespace fabric {
 
-/// Every policy of the library, in the order in which messages list them.
+/// Every policy of the library, as Hana tuples of types, in the order in which messages list them:
+/// `built_in_strategies<>`. Templates, because a tuple of that length costs compile time and few programs ask for it.
+template <class = void>
 inline constexpr auto built_in_accelerators = boost::hana::tuple_t<Cpu, Cuda, Mps, Xla>;
+template <class = void>
 inline constexpr auto built_in_strategies =
     boost::hana::tuple_t<SingleDevice, Ddp, DdpFindUnusedParameters, DdpSpawn, DdpFork, DdpNotebook, DataParallel, Fsdp,
                          FsdpCpuOffload, DeepSpeed<1>, DeepSpeed<1, Offload::cpu>, DeepSpeed<2>,
                          DeepSpeed<2, Offload::cpu>, DeepSpeed<3>, DeepSpeed<3, Offload::cpu>,
                          DeepSpeed<3, Offload::nvme>, ModelParallel, SingleDeviceXla, XlaDdp, XlaFsdp>;
+template <class = void>
 inline constexpr auto built_in_precisions =
     boost::hana::tuple_t<F32, F64, F16, BF16, F16Mixed, BF16Mixed, TransformerEngine<BF16>, TransformerEngine<F16>,
                          Bitsandbytes<BitsandbytesMode::nf4>, Bitsandbytes<BitsandbytesMode::nf4_dq>,
@@ -143,16 +141,6 @@ struct ExtendedRegistry {
   }();
 };
 
-template <class Policy, std::size_t... i>
-constexpr auto flag_string(std::index_sequence<i...>) {
-  return boost::hana::string_c<Policy::facts.flag.bytes[i]...>;
-}
-
-template <class Policy>
-constexpr auto by_flag(boost::hana::basic_type<Policy> policy) {
-  return boost::hana::make_pair(flag_string<Policy>(std::make_index_sequence<Policy::facts.flag.length>{}), policy);
-}
-
 }  // namespace detail
 
 /// The library's registry.
@@ -166,37 +154,5 @@ inline constexpr Registry registry_with{detail::ExtendedRegistry<Policies...>::s
                                         detail::ExtendedRegistry<Policies...>::strategies.size(),
                                         detail::ExtendedRegistry<Policies...>::accelerators.data(),
                                         detail::ExtendedRegistry<Policies...>::accelerators.size()};
-
-/// Policies by their own flag, as a Boost.Hana map from strings to types:
-/// `by_flag<Ddp, Fsdp>[BOOST_HANA_STRING("ddp")]` is `hana::type_c<Ddp>`.
-template <class... Policies>
-inline constexpr auto by_flag = boost::hana::make_map(detail::by_flag(boost::hana::type_c<Policies>)...);
-
-/// All accelerators by flag, the program's own behind the library's. Instantiated only where it is used, since a large
-/// map costs compile time; at run time and in `resolve`, `Registry` says the same.
-template <class... Extra>
-inline constexpr auto accelerators_by_flag = by_flag<Cpu, Cuda, Mps, Xla, Extra...>;
-
-/// All strategies by flag, likewise. `deepspeed` and `single_tpu` are other names of `deepspeed_stage_2` and
-/// `single_xla`.
-template <class... Extra>
-inline constexpr auto strategies_by_flag = boost::hana::make_map(
-    boost::hana::make_pair(boost::hana::string_c<'d', 'e', 'e', 'p', 's', 'p', 'e', 'e', 'd'>,
-                           boost::hana::type_c<DeepSpeed<>>),
-    boost::hana::make_pair(boost::hana::string_c<'s', 'i', 'n', 'g', 'l', 'e', '_', 't', 'p', 'u'>,
-                           boost::hana::type_c<SingleDeviceXla>),
-    detail::by_flag(boost::hana::type_c<Ddp>), detail::by_flag(boost::hana::type_c<DdpSpawn>),
-    detail::by_flag(boost::hana::type_c<DdpFork>), detail::by_flag(boost::hana::type_c<DdpNotebook>),
-    detail::by_flag(boost::hana::type_c<DdpFindUnusedParameters>), detail::by_flag(boost::hana::type_c<DataParallel>),
-    detail::by_flag(boost::hana::type_c<DeepSpeed<1>>),
-    detail::by_flag(boost::hana::type_c<DeepSpeed<1, Offload::cpu>>),
-    detail::by_flag(boost::hana::type_c<DeepSpeed<2>>),
-    detail::by_flag(boost::hana::type_c<DeepSpeed<2, Offload::cpu>>),
-    detail::by_flag(boost::hana::type_c<DeepSpeed<3>>),
-    detail::by_flag(boost::hana::type_c<DeepSpeed<3, Offload::cpu>>),
-    detail::by_flag(boost::hana::type_c<DeepSpeed<3, Offload::nvme>>), detail::by_flag(boost::hana::type_c<Fsdp>),
-    detail::by_flag(boost::hana::type_c<FsdpCpuOffload>), detail::by_flag(boost::hana::type_c<SingleDevice>),
-    detail::by_flag(boost::hana::type_c<SingleDeviceXla>), detail::by_flag(boost::hana::type_c<XlaFsdp>),
-    detail::by_flag(boost::hana::type_c<XlaDdp>), detail::by_flag(boost::hana::type_c<Extra>)...);
 
 }  // namespace fabric

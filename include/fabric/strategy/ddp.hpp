@@ -39,14 +39,14 @@ struct DdpOptions {
 };
 
 /// What `Ddp` keeps for a module: c10d's Reducer, which averages gradients bucket by bucket while backward still runs.
+template <bool find_unused_parameters>
 class DdpModule {
  public:
   /// Makes parameters and buffers those of rank 0 on all ranks and hooks into backward. Throws `c10::Error` when the
   /// ranks' modules do not have the same parameters.
-  void setup(torch::nn::Module& module, const World& world, const DdpOptions& options, bool find_unused_parameters) {
+  void setup(torch::nn::Module& module, const World& world, const DdpOptions& options) {
     group_ = world.group;
     options_ = options;
-    find_unused_parameters_ = find_unused_parameters;
     std::vector<at::Tensor> replicated;
     for (const auto& [name, parameter] : parameters_of(module)) {
       replicated.push_back(parameter.detach());
@@ -83,8 +83,10 @@ class DdpModule {
           });
     }
     if (options.static_graph) reducer_->set_static_graph();
-    if (options.compression != GradientCompression::none) {
-      reducer_->register_comm_hook(std::make_unique<CompressionHook>(group_, options.compression));
+    switch (options.compression) {
+      case GradientCompression::none: break;
+      case GradientCompression::f16: return compress<at::kHalf>();
+      case GradientCompression::bf16: return compress<at::kBFloat16>();
     }
   }
 
@@ -101,11 +103,11 @@ class DdpModule {
     buffers_differ_ = true;
     if (sync_gradients) {
       std::vector<at::Tensor> outputs;
-      if ((find_unused_parameters_ && !options_.static_graph) || delays_first_all_reduce()) {
+      if ((find_unused_parameters && !options_.static_graph) || delays_first_all_reduce()) {
         tree::for_each(output, [&](const at::Tensor& tensor) { outputs.push_back(tensor); });
       }
       if (delays_first_all_reduce()) delay_first_all_reduce(outputs);
-      if (!find_unused_parameters_ || options_.static_graph) outputs.clear();
+      if (!find_unused_parameters || options_.static_graph) outputs.clear();
       reducer_->prepare_for_backward(outputs);
     }
     return output;
@@ -143,6 +145,11 @@ class DdpModule {
   bool sync_gradients = true;
 
  private:
+  template <at::ScalarType dtype>
+  void compress() {
+    reducer_->register_comm_hook(std::make_unique<CompressionHook<dtype>>(group_));
+  }
+
   /// Gives all ranks rank 0's buffers, if a forward may have changed them since.
   void share_buffers() {
     if (!options_.broadcast_buffers || !std::exchange(buffers_differ_, false)) return;
@@ -181,14 +188,13 @@ class DdpModule {
       throw Error(
           "fabric: Ddp: these parameters took no part in the loss, so that their gradients cannot be averaged: " +
           unused +
-          ". Use DdpFindUnusedParameters (ddp_find_unused_parameters_true), or leave them out by "
+          ". Use DdpFindUnusedParameters (ddp_find_unused_parameterstrue), or leave them out by "
           "requires_grad_(false)");
     }
   }
 
   c10::intrusive_ptr<c10d::ProcessGroup> group_;
   DdpOptions options_;
-  bool find_unused_parameters_ = false;
   bool buffers_differ_ = false;
   // Shared with hooks, which may outlive this.
   std::shared_ptr<bool> first_backward_seen_ = std::make_shared<bool>(false);
@@ -207,12 +213,12 @@ template <class A, bool find_unused_parameters>
 class DdpEngine {
  public:
   using Options = DdpOptions;
-  using ModuleState = DdpModule;
+  using ModuleState = DdpModule<find_unused_parameters>;
 
   /// While alive, gradients stay local.
   class SyncGuard {
    public:
-    SyncGuard(DdpModule& module, bool enabled) : module_(module), before_(module.sync_gradients) {
+    SyncGuard(ModuleState& module, bool enabled) : module_(module), before_(module.sync_gradients) {
       if (enabled) module_.sync_gradients = false;
     }
     ~SyncGuard() { module_.sync_gradients = before_; }
@@ -220,7 +226,7 @@ class DdpEngine {
     SyncGuard& operator=(const SyncGuard&) = delete;
 
    private:
-    DdpModule& module_;
+    ModuleState& module_;
     bool before_;
   };
 
@@ -236,7 +242,7 @@ class DdpEngine {
     return join_world(selection, device, options_.timeout);
   }
   void setup(ModuleState& state, torch::nn::Module& module, const World& world) {
-    state.setup(module, world, options_, find_unused_parameters);
+    state.setup(module, world, options_);
   }
   template <class Run>
   static auto forward(ModuleState& state, Run&& run) {

@@ -15,14 +15,14 @@ namespace fabric {
 enum class GradientCompression : std::uint8_t { none, f16, bf16 };
 
 /// Averages a bucket in a narrower type. It divides before it adds, since a half float overflows at 65,504.
+template <at::ScalarType dtype>
 class CompressionHook : public c10d::CppCommHookInterface<c10::intrusive_ptr<c10d::ProcessGroup>> {
  public:
-  CompressionHook(const c10::intrusive_ptr<c10d::ProcessGroup>& group, GradientCompression compression)
-      : CppCommHookInterface(group), dtype_(compression == GradientCompression::f16 ? at::kHalf : at::kBFloat16) {}
+  using CompressionHook::CppCommHookInterface::CppCommHookInterface;
 
   c10::intrusive_ptr<c10::ivalue::Future> runHook(c10d::GradBucket& bucket) override {
     const at::Tensor wide = bucket.getBuffer();
-    std::vector<at::Tensor> narrow{wide.div(state_->getSize()).to(dtype_)};
+    std::vector<at::Tensor> narrow{wide.div(state_->getSize()).to(dtype)};
     const auto reduced = state_->allreduce(narrow)->getFuture();
     return reduced->then(
         [wide, narrow = narrow[0]](c10::ivalue::Future& /*done*/) {
@@ -31,9 +31,6 @@ class CompressionHook : public c10d::CppCommHookInterface<c10::intrusive_ptr<c10
         },
         c10::TensorType::get());
   }
-
- private:
-  at::ScalarType dtype_;
 };
 
 }  // namespace fabric
