@@ -3,6 +3,7 @@
 //   generate_asserts rows.jsonl.gz FILE.cpp FILE.cpp ...
 // The expected values are the rows', not this library's answers. Rows of a listed kind of difference are left out.
 
+#include <algorithm>
 #include <fstream>
 #include <iostream>
 #include <map>
@@ -89,12 +90,15 @@ int main(int argc, char** argv) {
   }
   Choice choice;
   std::size_t taken = 0;
-  std::map<std::string, int> parts, codes;
+  std::map<std::string, int> parts, codes, rows_of_code;
   for (const std::string& line : fabric::tests::gunzip_lines(argv[1])) {
     const Json row = Json::parse(line);
-    if (oracle::answer_connector_row(row).contains("differs") || !choice.take(row)) continue;
+    if (oracle::answer_connector_row(row).contains("differs")) continue;
+    const std::string code = row["outcome"].value("code", "none");
+    ++rows_of_code[code];
+    if (!choice.take(row)) continue;
     ++parts[row["part"].dump()];
-    ++codes[row["outcome"].value("code", "none")];
+    ++codes[code];
     const oracle::RowHost at(row);
     const oracle::EmittedHost emitted = oracle::emit(at);
     files[taken++ % files.size()] << "namespace row_" << row["id"].get<std::string>() << " {\n"
@@ -106,6 +110,7 @@ int main(int argc, char** argv) {
   std::cout << taken << " static_asserts of " << codes.size() << " codes\n";
   bool enough = taken >= 300;
   for (const auto& [part, count] : parts) enough &= count >= 20;
+  for (const auto& [code, count] : rows_of_code) enough &= codes[code] >= std::min(count, 3);
   if (!enough) std::cerr << "too few rows were chosen\n";
   return enough ? 0 : 1;
 }

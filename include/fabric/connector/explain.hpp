@@ -1,9 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <cstddef>
 #include <string>
 #include <string_view>
 #include <vector>
+
+#include <range/v3/range/conversion.hpp>
+#include <range/v3/view/counted.hpp>
+#include <range/v3/view/filter.hpp>
+#include <range/v3/view/join.hpp>
+#include <range/v3/view/transform.hpp>
 
 #include "fabric/connector/message.hpp"
 #include "fabric/connector/resolve.hpp"
@@ -72,6 +79,10 @@ inline std::string launcher_text(const Selection& s) {
   return {};
 }
 
+inline std::string joined(const std::vector<std::string>& texts, std::string_view separator) {
+  return texts | ranges::views::join(separator) | ranges::to<std::string>;
+}
+
 inline std::string rank_text(const Rank& rank) {
   return rank.known() ? std::to_string(rank.value) : "not known (" + std::string(name_of(rank.code)) + ")";
 }
@@ -79,26 +90,32 @@ inline std::string rank_text(const Rank& rank) {
 /// The alternatives that the rules and the machine allow, with the other choices as they are.
 inline void list_alternatives(std::vector<Explanation>& choices, const Selection& s, const Host& host,
                               const Registry& registry) {
+  using ranges::views::counted;
+  using ranges::views::filter;
   const Combination chosen{s.accelerator, s.strategy, s.precision, s.environment};
-  for (std::size_t i = 0; i < registry.accelerator_count; ++i) {
-    Combination other = chosen;
-    other.accelerator = *registry.accelerators[i].facts;
-    if (other.accelerator == chosen.accelerator || !is_available(other.accelerator, host)) continue;
-    if (first_refusal(other) == RuleId::none) choices[0].available.emplace_back(registry.accelerators[i].flag);
-  }
-  for (std::size_t i = 0; i < registry.strategy_count; ++i) {
-    Combination other = chosen;
-    other.strategy = *registry.strategies[i].facts;
-    if (other.strategy == chosen.strategy || missing_engine(other.strategy, host) != Code::none) continue;
-    if (s.devices.count > 1 && runs_on_one_device(other.strategy)) continue;
-    if (first_refusal(other) == RuleId::none) choices[2].available.emplace_back(registry.strategies[i].flag);
-  }
-  for (const PrecisionEntry& entry : precision_entries) {
-    Combination other = chosen;
-    other.precision = *entry.facts;
-    if (other.precision == chosen.precision || entry.flag != entry.facts->flag.view()) continue;
-    if (first_refusal(other) == RuleId::none) choices[3].available.emplace_back(entry.flag);
-  }
+  // Those of the entries that may stand in the chosen combination in place of what it has.
+  const auto legal = [&](auto Combination::*choice) {
+    return filter([&chosen, choice](const auto& entry) {
+      Combination other = chosen;
+      other.*choice = *entry.facts;
+      return other.*choice != chosen.*choice && first_refusal(other) == RuleId::none;
+    });
+  };
+  const auto names = [](auto&& entries) {
+    return entries | ranges::views::transform([](const auto& entry) { return std::string(entry.flag); }) |
+           ranges::to<std::vector>();
+  };
+  choices[0].available = names(counted(registry.accelerators, static_cast<std::ptrdiff_t>(registry.accelerator_count)) |
+                               legal(&Combination::accelerator) |
+                               filter([&](const AcceleratorEntry& entry) { return is_available(*entry.facts, host); }));
+  choices[2].available = names(counted(registry.strategies, static_cast<std::ptrdiff_t>(registry.strategy_count)) |
+                               legal(&Combination::strategy) | filter([&](const StrategyEntry& entry) {
+                                 return missing_engine(*entry.facts, host) == Code::none &&
+                                        (s.devices.count == 1 || !runs_on_one_device(*entry.facts));
+                               }));
+  choices[3].available =
+      names(precision_entries | legal(&Combination::precision) |
+            filter([](const PrecisionEntry& entry) { return entry.flag == entry.facts->flag.view(); }));
 }
 
 }  // namespace detail
@@ -165,9 +182,7 @@ inline void list_alternatives(std::vector<Explanation>& choices, const Selection
            "  (" + choice.because + ")\n";
     for (const std::string& rule : choice.rules) out += std::string(14, ' ') + rule + "\n";
     if (choice.available.empty()) continue;
-    out += std::string(14, ' ') + "also possible:";
-    for (const std::string& name : choice.available) out += " " + name;
-    out += "\n";
+    out += std::string(14, ' ') + "also possible: " + detail::joined(choice.available, " ") + "\n";
   }
   return out;
 }
@@ -191,9 +206,7 @@ inline std::string json_text(std::string_view text) {
 }
 
 inline std::string json_list(const std::vector<std::string>& texts) {
-  std::string out = "[";
-  for (const std::string& text : texts) out += (out.size() > 1 ? ", " : "") + json_text(text);
-  return out + "]";
+  return "[" + joined(texts | ranges::views::transform(json_text) | ranges::to<std::vector<std::string>>, ", ") + "]";
 }
 
 }  // namespace detail
