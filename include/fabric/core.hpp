@@ -172,17 +172,17 @@ class Fabric {
   /// Throws fabric::Error for a norm that is not finite.
   template <class M>
   at::Tensor clip_gradients(const FabricModule<M, Engine, Plugin>& model, const ClipNorm& clip) {
-    return fabric::clip_gradients(parameters_of(model.module()), clip);
+    return fabric::clip_gradients(model.module(), clip);
   }
   /// Clips each element of the gradients.
   template <class M>
   void clip_gradients(const FabricModule<M, Engine, Plugin>& model, const ClipValue& clip) {
-    fabric::clip_gradients(parameters_of(model.module()), clip);
+    fabric::clip_gradients(model.module(), clip);
   }
   /// Clips the gradients of an optimizer's parameters alone.
   template <class O, class Clip>
   auto clip_gradients(const FabricOptimizer<O, Engine>& optimizer, const Clip& clip) {
-    return fabric::clip_gradients(parameters_of(optimizer.optimizer()), clip);
+    return fabric::clip_gradients(optimizer.optimizer(), clip);
   }
 
   /// While the result lives, forward and backward of `model` keep gradients local, to accumulate over several batches

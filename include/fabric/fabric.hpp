@@ -13,6 +13,10 @@
 #include "fabric/precision/mixed_precision.hpp"
 #include "fabric/precision/true_precision.hpp"
 
+#include "fabric/optim/adagrad.hpp"  // optimizers on fused kernels
+#include "fabric/optim/adam.hpp"
+#include "fabric/optim/sgd.hpp"
+
 #include "fabric/dispatch.hpp"  // from strings to one of the types that the program has
 
 #include "fabric/loggers/csv_logger.hpp"

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <algorithm>
+#include <cstddef>
 #include <string>
 #include <unordered_set>
 #include <utility>
@@ -37,6 +39,48 @@ using NamedParameters = std::vector<std::pair<std::string, at::Tensor>>;
     }
   }
   return named;
+}
+
+/// The parameters themselves, for code that is written for any owner of some.
+[[nodiscard]] inline const NamedParameters& parameters_of(const NamedParameters& named) { return named; }
+
+namespace detail {
+
+inline void add_gradient(std::vector<at::Tensor>& gradients, const at::Tensor& parameter) {
+  if (at::Tensor& gradient = parameter.mutable_grad(); gradient.defined()) gradients.push_back(gradient);
+}
+
+/// Leaves out what comes again. Seldom anything does, so that is looked at first.
+inline std::vector<at::Tensor> each_once(std::vector<at::Tensor> tensors) {
+  std::vector<const c10::TensorImpl*> sorted;
+  sorted.reserve(tensors.size());
+  for (const at::Tensor& tensor : tensors) sorted.push_back(tensor.unsafeGetTensorImpl());
+  std::sort(sorted.begin(), sorted.end());
+  if (std::adjacent_find(sorted.begin(), sorted.end()) == sorted.end()) return tensors;
+  std::unordered_set<const c10::TensorImpl*> seen;
+  std::erase_if(tensors, [&](const at::Tensor& tensor) { return !seen.insert(tensor.unsafeGetTensorImpl()).second; });
+  return tensors;
+}
+
+}  // namespace detail
+
+/// The gradients that there are, each once, without the cost of names.
+[[nodiscard]] inline std::vector<at::Tensor> gradients_of(const torch::nn::Module& module) {
+  std::vector<at::Tensor> gradients;
+  for (const at::Tensor& parameter : module.parameters()) detail::add_gradient(gradients, parameter);
+  return detail::each_once(std::move(gradients));
+}
+[[nodiscard]] inline std::vector<at::Tensor> gradients_of(const torch::optim::Optimizer& optimizer) {
+  std::vector<at::Tensor> gradients;
+  for (const auto& group : optimizer.param_groups()) {
+    for (const at::Tensor& parameter : group.params()) detail::add_gradient(gradients, parameter);
+  }
+  return detail::each_once(std::move(gradients));
+}
+[[nodiscard]] inline std::vector<at::Tensor> gradients_of(const NamedParameters& named) {
+  std::vector<at::Tensor> gradients;
+  for (const auto& [name, parameter] : named) detail::add_gradient(gradients, parameter);
+  return detail::each_once(std::move(gradients));
 }
 
 }  // namespace fabric
