@@ -1,7 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <cstdlib>
 #include <string>
+#if __has_include(<malloc.h>)
+#include <malloc.h>
+#endif
 
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 #include <torch/torch.h>
@@ -36,8 +40,26 @@ namespace fabric {
   return {type, static_cast<at::DeviceIndex>(index)};
 }
 
-/// Makes `device` the current one of this thread; nothing to do on a CPU.
+/// Lets this process keep the memory that a step frees for the next step. glibc gives it back to the kernel, which then
+/// clears each page again when it is touched: a quarter of the time of a step on a network of two million parameters.
+/// Blocks of 32 MB and more, glibc's own limit, are given back all the same. Settings that the user made in the
+/// environment (`MALLOC_...`, `GLIBC_TUNABLES`) stay; other C libraries and allocators are not touched.
+inline void keep_freed_memory() {
+#ifdef __GLIBC__
+  [[maybe_unused]] static const bool once = [] {
+    for (const char* own : {"MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_MMAP_MAX_", "GLIBC_TUNABLES"}) {
+      if (std::getenv(own) != nullptr) return false;
+    }
+    constexpr int largest_threshold = 32 * 1024 * 1024;
+    constexpr int never = -1;
+    return mallopt(M_MMAP_THRESHOLD, largest_threshold) == 1 && mallopt(M_TRIM_THRESHOLD, never) == 1;
+  }();
+#endif
+}
+
+/// Makes `device` the current one of this thread. A CPU is that anyhow; there, memory is made to stay.
 inline void activate(at::Device device) {
+  if (device.is_cpu()) keep_freed_memory();
   if (!device.is_cuda()) return;
   c10::impl::getDeviceGuardImpl(device.type())->setDevice(device);
 }
