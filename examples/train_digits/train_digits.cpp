@@ -43,12 +43,12 @@ using DigitsMenu =
 std::unique_ptr<torch::optim::Optimizer> make_optimizer(const Arguments& arguments,
                                                         const std::vector<at::Tensor>& parameters) {
   if (arguments.optimizer == "sgd") {
-    return std::make_unique<torch::optim::SGD>(parameters, torch::optim::SGDOptions(arguments.lr).momentum(0.9));
+    return std::make_unique<optim::SGD>(parameters, optim::SGDOptions(arguments.lr).momentum(0.9));
   }
   if (arguments.optimizer == "adam") {
-    return std::make_unique<torch::optim::Adam>(parameters, torch::optim::AdamOptions(arguments.lr).eps(arguments.eps));
+    return std::make_unique<optim::Adam>(parameters, optim::AdamOptions(arguments.lr).eps(arguments.eps));
   }
-  return std::make_unique<torch::optim::AdamW>(parameters, torch::optim::AdamWOptions(arguments.lr).eps(arguments.eps));
+  return std::make_unique<optim::AdamW>(parameters, optim::AdamWOptions(arguments.lr).eps(arguments.eps));
 }
 
 /// The share of held-out digits that the model reads rightly, over all ranks.
