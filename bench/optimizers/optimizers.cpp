@@ -2,8 +2,8 @@
 //
 // A training step with AdamW and clipping by norm, on one core: fabric::optim through Fabric beside torch::optim in a
 // hand-written loop, and beside Python's AdamW(fused=True) if tools/install-python has made its environment. Each in a
-// process of its own, so that none inherits another's heap; in turns, since what else the machine does changes with time;
-// and in processor time, which is a step's time on a core that has nothing else to do.
+// process of its own, so that none inherits another's heap; in turns, since what else the machine does changes with
+// time; and in processor time, which is a step's time on a core that has nothing else to do.
 //   bench_optimizers OUT.json [--quick]
 //   echo mlp 4 64 100 | bench_optimizers serve fabric    only runs a loop, "fabric" or "by_hand", for a profiler
 
@@ -127,8 +127,8 @@ void compare(const AnySize& size, int rounds, double seconds_a_round, std::vecto
     if (&contestant == &all[0]) continue;
     const double other = contestant.run(net, warm_up);
     if (std::abs(other - loss) <= 1e-3 * loss) continue;
-    throw std::runtime_error(fmt::format("{}: the losses differ: {} with Fabric, {} with {}", size.name(), loss, other,
-                                         contestant.name));
+    throw std::runtime_error(
+        fmt::format("{}: the losses differ: {} with Fabric, {} with {}", size.name(), loss, other, contestant.name));
   }
   std::vector<Samples> samples(all.size());
   for (int round = 0; round < rounds; ++round) {

@@ -74,8 +74,8 @@ inline Value value_of(const Json& json) {
   return dict;
 }
 
-/// The largest distance between elements of two tensors, counted in representable numbers; infinite if dtypes, shapes or
-/// NaNs differ.
+/// The largest distance between elements of two tensors, counted in representable numbers; infinite if dtypes, shapes
+/// or NaNs differ.
 inline double ulps_between(const at::Tensor& a, const at::Tensor& b) {
   constexpr double apart = std::numeric_limits<double>::infinity();
   if (!a.defined() || !b.defined()) return a.defined() == b.defined() ? 0 : apart;
@@ -84,7 +84,7 @@ inline double ulps_between(const at::Tensor& a, const at::Tensor& b) {
   // Bits as integers are in the order of the numbers, but for the sign, which counts downwards.
   const auto ordered = [&](const at::Tensor& tensor) {
     const at::Tensor bits = tensor.detach().contiguous().reshape({-1}).view(whole).to(at::kLong);
-    const std::int64_t zero = whole == at::kLong   ? std::numeric_limits<std::int64_t>::min()
+    const std::int64_t zero = whole == at::kLong  ? std::numeric_limits<std::int64_t>::min()
                               : whole == at::kInt ? std::numeric_limits<std::int32_t>::min()
                                                   : std::numeric_limits<std::int16_t>::min();
     return at::where(bits.lt(0), zero - bits, bits);

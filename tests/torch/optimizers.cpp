@@ -144,10 +144,9 @@ TEST_CASE("[issue-5.3] maximize of the defaults holds for groups that do not say
 
 TEST_CASE("[issue-5.3] options out of range are refused, all at once") {
   const std::vector<at::Tensor> parameters{parameter_with_gradient()};
-  CHECK_THROWS_WITH(
-      optim::AdamW(parameters, optim::AdamWOptions(-1).betas({0.9, 1.0}).eps(-2).weight_decay(-3)),
-      ContainsSubstring("AdamW") && ContainsSubstring("lr is -1") && ContainsSubstring("betas is 1.0") &&
-          ContainsSubstring("eps is -2") && ContainsSubstring("weight_decay is -3"));
+  CHECK_THROWS_WITH(optim::AdamW(parameters, optim::AdamWOptions(-1).betas({0.9, 1.0}).eps(-2).weight_decay(-3)),
+                    ContainsSubstring("AdamW") && ContainsSubstring("lr is -1") && ContainsSubstring("betas is 1.0") &&
+                        ContainsSubstring("eps is -2") && ContainsSubstring("weight_decay is -3"));
   CHECK_THROWS_WITH(optim::SGD(parameters, optim::SGDOptions(1).nesterov(true)), ContainsSubstring("nesterov needs"));
   optim::SGD optimizer(parameters, optim::SGDOptions(1));
   CHECK_THROWS_WITH(optimizer.add_param_group({{at::zeros({1})}, std::make_unique<optim::SGDOptions>(-1)}),
@@ -162,12 +161,12 @@ TEST_CASE("[issue-5.3] parameters that a fused kernel would spoil are refused by
   const auto refused = [&](const at::Tensor& parameter) {
     CHECK_THROWS_WITH(optim::AdamW({fine, parameter}), ContainsSubstring("parameter 1"));
   };
-  refused(fine);                                          // twice
-  refused(at::zeros({3}, at::kLong));                     // whole numbers
-  refused(at::zeros({3}, at::kComplexFloat));             // complex
-  refused(at::zeros({4, 4}).slice(1, 0, 2));              // gaps in memory
-  refused(at::zeros({2, 2}).to_sparse());                 // sparse
-  refused(at::zeros({1}).expand({3}));                    // several elements in one place
+  refused(fine);                                               // twice
+  refused(at::zeros({3}, at::kLong));                          // whole numbers
+  refused(at::zeros({3}, at::kComplexFloat));                  // complex
+  refused(at::zeros({4, 4}).slice(1, 0, 2));                   // gaps in memory
+  refused(at::zeros({2, 2}).to_sparse());                      // sparse
+  refused(at::zeros({1}).expand({3}));                         // several elements in one place
   CHECK_NOTHROW(optim::AdamW({fine, at::zeros({4, 4}).t()}));  // dense all the same
 }
 
@@ -249,7 +248,8 @@ TEST_CASE("[issue-5.3] entries that only Python knows survive") {
   optim::AdamW optimizer({parameter});
   optimizer.step();
   Value state = optimizer.state_dict();
-  Dict& group = std::get<Dict>(std::get<List>(std::get<Dict>(state.data()).find("param_groups")->data()).items[0].data());
+  Dict& group =
+      std::get<Dict>(std::get<List>(std::get<Dict>(state.data()).find("param_groups")->data()).items[0].data());
   group["initial_lr"] = 0.5;
   group["foreach"] = true;
   group["fused"] = Value();
@@ -270,7 +270,10 @@ TEST_CASE("[issue-5.3] a state that does not fit is refused with everything that
     return Dict{{"step", at::ones({})}, {"exp_avg", average}, {"exp_avg_sq", at::zeros({3})}};
   };
   const auto group = [](double lr) {
-    return Dict{{"lr", lr}, {"betas", List{{0.9, 0.999}, true}}, {"eps", 1e-8}, {"params", List{{std::int64_t{0}}}},
+    return Dict{{"lr", lr},
+                {"betas", List{{0.9, 0.999}, true}},
+                {"eps", 1e-8},
+                {"params", List{{std::int64_t{0}}}},
                 {"weight_decay", 0.0}};
   };
   const auto state = [&](Dict states, Dict own_group) {
@@ -278,7 +281,8 @@ TEST_CASE("[issue-5.3] a state that does not fit is refused with everything that
   };
   const std::int64_t zero = 0;
   CHECK(message_of_load(optimizer, 1).find("the state is an integer, not a dict") != std::string::npos);
-  CHECK(message_of_load(optimizer, Dict{}).find("'param_groups' is missing\n  'state' is missing") != std::string::npos);
+  CHECK(message_of_load(optimizer, Dict{}).find("'param_groups' is missing\n  'state' is missing") !=
+        std::string::npos);
   const std::string all = message_of_load(
       optimizer, state({{zero, entry(at::zeros({2}))}, {std::int64_t{7}, Dict{}}, {"x", Dict{}}}, group(-1)));
   CHECK_THAT(all, ContainsSubstring("'exp_avg' of parameter 0 has the shape [2], the parameter [3]") &&

@@ -27,10 +27,10 @@ struct ClipValue {
   double max_value;
 };
 
-/// What makes a norm of the gradients that this rank holds the norm of all of them: here, nothing. A strategy that shards
-/// gradients gives `clip_gradients` a function of its own, which is called once on every rank with the sum of the p-th
-/// powers of this rank's elements and returns the sum over the ranks; for p = infinity, with the largest element, and
-/// returns the largest. The argument and the result are float64 tensors without dimensions.
+/// What makes a norm of the gradients that this rank holds the norm of all of them: here, nothing. A strategy that
+/// shards gradients gives `clip_gradients` a function of its own, which is called once on every rank with the sum of
+/// the p-th powers of this rank's elements and returns the sum over the ranks; for p = infinity, with the largest
+/// element, and returns the largest. The argument and the result are float64 tensors without dimensions.
 struct WholeGradients {};
 
 namespace detail {

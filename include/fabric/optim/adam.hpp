@@ -42,7 +42,10 @@ struct AdamMethod {
     visit("amsgrad", options.amsgrad());
   }
   static Dict python_only() {
-    return {{"foreach", {}}, {"capturable", false}, {"differentiable", false}, {"fused", true},
+    return {{"foreach", {}},
+            {"capturable", false},
+            {"differentiable", false},
+            {"fused", true},
             {"decoupled_weight_decay", decoupled}};
   }
   /// Python's Adam with `decoupled_weight_decay` is AdamW by another name.
@@ -65,14 +68,14 @@ struct AdamMethod {
 
 }  // namespace detail
 
-/// AdamW (Loshchilov and Hutter, 2019) in one kernel for all parameters: `torch::optim::AdamW`, faster, with the numbers
-/// of Python's `AdamW(fused=True)`.
+/// AdamW (Loshchilov and Hutter, 2019) in one kernel for all parameters: `torch::optim::AdamW`, faster, with the
+/// numbers of Python's `AdamW(fused=True)`.
 class AdamW : public FusedOptimizer<detail::AdamMethod<AdamWOptions, true>> {
   using FusedOptimizer::FusedOptimizer;
 };
 
-/// Adam (Kingma and Ba, 2015), with weight decay added to the gradients: `torch::optim::Adam`, faster, with the numbers of
-/// Python's `Adam(fused=True)`.
+/// Adam (Kingma and Ba, 2015), with weight decay added to the gradients: `torch::optim::Adam`, faster, with the numbers
+/// of Python's `Adam(fused=True)`.
 class Adam : public FusedOptimizer<detail::AdamMethod<AdamOptions, false>> {
   using FusedOptimizer::FusedOptimizer;
 };

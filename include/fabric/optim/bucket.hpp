@@ -69,7 +69,8 @@ inline at::Tensor& aligned_gradient(const at::Tensor& parameter) {
   return gradient;
 }
 
-/// Parameters that one call of a kernel can change: of one device and dtype, and either all or none in their first step.
+/// Parameters that one call of a kernel can change: of one device and dtype, and either all or none in their first
+/// step.
 struct Bucket {
   at::Device device;
   at::ScalarType dtype;

@@ -75,8 +75,8 @@ class FusedOptimizer : public torch::optim::Optimizer {
     update({});
     return loss;
   }
-  /// A step on gradients that are still multiplied by `scale.grad_scale`, which is skipped where `scale.found_inf` is 1:
-  /// then no parameter, state or count of steps changes.
+  /// A step on gradients that are still multiplied by `scale.grad_scale`, which is skipped where `scale.found_inf` is
+  /// 1: then no parameter, state or count of steps changes.
   void step(const StepScale& scale) { update(scale); }
 
   /// The state in the layout of Python's `state_dict()`: what its `fused=True` optimizer of the same name loads. The
@@ -105,8 +105,8 @@ class FusedOptimizer : public torch::optim::Optimizer {
   }
 
   /// Takes over options and state that `state_dict()`, or an optimizer of this name in Python, fused or not, has saved.
-  /// Tensors are copied to the parameters' devices and dtypes. Keys of a group that only Python knows (`initial_lr`) are
-  /// kept for the next `state_dict()`. Throws fabric::Error that names everything that does not fit, and then has
+  /// Tensors are copied to the parameters' devices and dtypes. Keys of a group that only Python knows (`initial_lr`)
+  /// are kept for the next `state_dict()`. Throws fabric::Error that names everything that does not fit, and then has
   /// changed nothing.
   void load_state_dict(const Value& value) {
     const at::NoGradGuard no_grad;
@@ -294,8 +294,8 @@ class FusedOptimizer : public torch::optim::Optimizer {
   static auto& options_of(Group& group) {
     using Wanted = std::conditional_t<std::is_const_v<Group>, const Options, Options>;
     if (auto* own = dynamic_cast<Wanted*>(&group.options())) return *own;
-    throw Error(std::string("fabric: ") + Method::name + ": a parameter group has the options of another optimizer: use " +
-                Method::name + "Options");
+    throw Error(std::string("fabric: ") + Method::name +
+                ": a parameter group has the options of another optimizer: use " + Method::name + "Options");
   }
   static std::unique_ptr<torch::optim::OptimizerOptions> clone(const torch::optim::OptimizerOptions& options) {
     return options.clone();

@@ -33,7 +33,8 @@ class Problems {
   void add(const std::string& problem) { text_ += "\n  " + problem; }
   void throw_if_any() const {
     if (text_.empty()) return;
-    throw Error("fabric: " + optimizer_ + "::load_state_dict: this state does not fit, and nothing was changed:" + text_);
+    throw Error("fabric: " + optimizer_ +
+                "::load_state_dict: this state does not fit, and nothing was changed:" + text_);
   }
 
   const Dict* dict(const Value& value, const std::string& what) { return as<Dict>(value, what); }
