@@ -2,14 +2,18 @@
 //
 // What each precision does to tensors, modules and the process's state, against the reference rows that Lightning gave.
 #include <map>
+#include <memory>
+#include <optional>
 #include <set>
 #include <stdexcept>
 #include <string>
 #include <tuple>
 #include <type_traits>
 #include <utility>
+#include <variant>
 #include <vector>
 
+#include <boost/hana/adapt_struct.hpp>
 #include <nlohmann/json.hpp>
 
 #include "fabric/fabric.hpp"
@@ -160,6 +164,22 @@ void check_plugin(const Json& row) {
   check_traits<P>();
 }
 
+/// A batch as users have them: nested, adapted for Hana, with integers, texts and what else a model is told.
+class Tokens {
+ public:
+  at::Tensor ids, mask, weights;
+};
+enum class Mode { train };
+struct Sample {
+  Tokens tokens;
+  std::map<std::string, std::vector<at::Tensor>> images;
+  std::optional<at::Tensor> target;
+  std::pair<at::Tensor, std::string> named;
+  Mode mode = Mode::train;
+  double temperature = 0;
+  std::variant<int, at::Tensor> choice;
+};
+
 /// By class and value of the reference's plugin.
 const std::map<std::pair<std::string, std::string>, void (*)(const Json&)> counterparts{
     {{"Precision", "32-true"}, check_plugin<F32>},
@@ -191,6 +211,8 @@ static_assert(!CompatibleWith<Cpu, SingleDevice, F16Mixed> && CompatibleWith<Cud
 
 }  // namespace
 
+BOOST_HANA_ADAPT_STRUCT(Tokens, ids, mask, weights);
+
 TEST_CASE("[issue-3.4][issue-5.1] a precision does what the reference's plugin does, row by row") {
   std::map<std::string, int> counts;
   for (const Json& row : plugin_rows()) {
@@ -210,6 +232,47 @@ TEST_CASE("[issue-3.4][issue-5.1] a precision does what the reference's plugin d
                                              {"no type says it: half, but full", 2},
                                              {"no type says it: BF16Mixed has no option for a scaler", 2},
                                              {"a GPU that is not there", 1}});
+}
+
+TEMPLATE_TEST_CASE("[issue-5.8] nested inputs and outputs are converted, all but what is no real float", "", F64, F16,
+                   BF16, F16Mixed, BF16Mixed) {
+  using Plugin = PrecisionPlugin<TestType>;
+  const auto integers = torch::tensor({1, 2});
+  const auto complex = torch::ones({1}, torch::kComplexFloat);
+  const Sample sample{{integers, torch::ones({2}, torch::kBool), torch::ones({2})},
+                      {{"left", {torch::ones({1}), torch::ones({1}, torch::kByte)}}, {"right", {complex}}},
+                      torch::ones({1}, torch::kDouble),
+                      {torch::ones({1}), "name"},
+                      Mode::train,
+                      0.1,
+                      torch::ones({1}, torch::kHalf)};
+  const auto check = [&](const Sample& result, at::ScalarType expected) {
+    CHECK(result.tokens.ids.is_same(integers));
+    CHECK(result.tokens.mask.scalar_type() == at::kBool);
+    CHECK(result.tokens.weights.scalar_type() == expected);
+    CHECK(result.images.at("left")[0].scalar_type() == expected);
+    CHECK(result.images.at("left")[1].scalar_type() == at::kByte);
+    CHECK(result.images.at("right")[0].is_same(complex));
+    CHECK(result.target->scalar_type() == expected);
+    CHECK(result.named.first.scalar_type() == expected);
+    CHECK(result.named.second == "name");
+    CHECK(result.temperature == 0.1);
+    CHECK(std::get<at::Tensor>(result.choice).scalar_type() == expected);
+  };
+  check(Plugin::convert_input(sample), Plugin::dtype);
+  check(Plugin::convert_output(sample), at::kFloat);
+  CHECK(sample.tokens.weights.scalar_type() == at::kFloat);
+  if constexpr (CompatibleWith<Cpu, SingleDevice, TestType>) {  // and so does a forward
+    Fabric<Cpu, SingleDevice, TestType> fabric;
+    struct Echo : torch::nn::Module {
+      Sample forward(const Sample& given) { return seen = given; }
+      Sample seen;
+    };
+    const auto echo = std::make_shared<Echo>();
+    const auto model = fabric.setup(echo);
+    check(model(sample), at::kFloat);
+    check(echo->seen, Plugin::dtype);
+  }
 }
 
 TEST_CASE("[issue-5.1] 16-mixed on a CPU is refused as a type, and falls back from strings, with a note") {
