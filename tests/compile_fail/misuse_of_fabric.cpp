@@ -9,8 +9,6 @@
 // expect: cannot look for tensors in this type: .* adapt the type with BOOST_HANA_ADAPT_STRUCT
 // expect: an optimizer that evaluates the loss itself would use scaled gradients: use BF16Mixed or F32
 // expect: cannot see the members of this structure; adapt it with BOOST_HANA_ADAPT_STRUCT
-#include <any>
-
 #include <boost/hana/adapt_struct.hpp>
 #include <fabric/fabric.hpp>
 
@@ -25,8 +23,8 @@ struct Opaque {  // no aggregate
   at::Tensor hidden;
 };
 
-struct Hidden {  // an aggregate whose first member is made of anything
-  std::any anything;
+struct Hidden {  // an aggregate whose members cannot be counted
+  at::Tensor& elsewhere;
 };
 
 struct Scaled {
@@ -51,7 +49,7 @@ void use(OnCpu& fabric, Net& net, Dataset& dataset, Opaque& opaque) {
   auto loader = fabric.setup_dataloader(dataset, {.batch_size = 2});
   auto guard = fabric.no_backward_sync(model);
   opaque = fabric.all_reduce(opaque);
-  static_cast<void>(fabric.all_reduce(Hidden()));
+  static_cast<void>(fabric.all_reduce(Hidden{opaque.hidden}));
   fabric.setup(torch::optim::LBFGS(net->parameters())).step([] { return at::Tensor(); });
 }
 #else
@@ -61,7 +59,7 @@ void use(OnCpu& fabric, Net& net, Dataset& dataset, Opaque& opaque) {
   auto loader = fabric.setup_dataloader(*torch::data::make_data_loader(dataset, 2), {.batch_size = 2});
   auto guard = fabric.no_backward_sync(net);
   opaque = fabric.all_reduce(opaque);
-  static_cast<void>(fabric.all_reduce(Hidden()));
+  static_cast<void>(fabric.all_reduce(Hidden{opaque.hidden}));
   fabric::Fabric<fabric::Cpu, fabric::SingleDevice, Scaled> scaled;
   scaled.setup(torch::optim::LBFGS(net->parameters())).step([] { return at::Tensor(); });
 }
