@@ -307,21 +307,22 @@ TEST_CASE("[issue-3.4] nested autocast keeps its cache of cast weights until the
 
 namespace {
 
-/// A weight of 2x2 and what it makes of ones, to see whether it is the weight of now that is used.
+/// Uses its weight itself. (`torch::nn::Linear` uses a view of it, which autocast does not keep.)
+struct LinearImpl : torch::nn::Module {
+  at::Tensor weight{register_parameter("weight", torch::ones({2, 2}))};
+  at::Tensor forward(const at::Tensor& x) { return at::linear(x, weight); }
+};
+TORCH_MODULE(Linear);
+
+/// A weight of ones and what it makes of ones, to see whether it is the weight of now that is used.
 struct Probe {
   Fabric<Cpu, SingleDevice, BF16Mixed> fabric;
-  torch::nn::Linear linear = ones();
+  Linear linear;
   torch::optim::SGD sgd{linear->parameters(), 1.0};
   decltype(fabric.setup(linear)) model = fabric.setup(linear);
   decltype(fabric.setup(sgd)) optimizer = fabric.setup(sgd);
   at::Tensor x = torch::ones({1, 2});
 
-  static torch::nn::Linear ones() {
-    torch::nn::Linear linear(torch::nn::LinearOptions(2, 2).bias(false));
-    const torch::NoGradGuard no_grad;
-    linear->weight.fill_(1);
-    return linear;
-  }
   double output() { return model(x).sum().item<double>(); }
 };
 

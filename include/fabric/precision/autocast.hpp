@@ -7,8 +7,8 @@
 namespace fabric {
 
 /// While alive, operators on `device` run in `dtype` where that is safe. May be nested; the outermost guard drops the
-/// cache of cast weights. That cache knows neither dtype nor gradient mode, so that a nested guard empties it when it
-/// changes the dtype, and leaves it alone while no gradients are recorded: what it would put there has no history.
+/// cache of cast weights. That cache does not know dtypes, nor in LibTorch 2.9 whether gradients are recorded: so a
+/// nested guard empties it when it changes the dtype, and turns it off where weights would be cast without a history.
 class AutocastGuard {
  public:
   AutocastGuard(at::DeviceType device, at::ScalarType dtype)
