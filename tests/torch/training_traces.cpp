@@ -15,6 +15,7 @@
 
 #include <nlohmann/json.hpp>
 
+#include "fabric/fabric.hpp"
 #include "support/catch.hpp"
 #include "support/f16_mixed_on_cpu.hpp"
 #include "support/gzip.hpp"
@@ -149,9 +150,10 @@ double distance(const std::vector<double>& a, const Json& b) {
   return sum;
 }
 
-/// Rounding differs with the CPU's kernels, and each step makes more of it. `tolerance` is relative: what was asked for
-/// at 64 and 32 bits, and one rounding of the dtype below, 2^-9 for bfloat16 (8 bits) and 2^-11 for half floats (11
-/// bits): kernels of SSE4.1 and AVX-512 differ by up to a third of that.
+/// With fresh traces and the script's environment variables, all losses are Python's, bit for bit. With other kernels
+/// rounding differs, and each step makes more of it. So `tolerance` is relative: 1e-12 at 64 bits, 1e-5 at 32, and
+/// below that one rounding of the dtype, 2^-8 of bfloat16 and 2^-11 of half floats: kernels for SSE4.1 and for AVX-512
+/// differ by up to a third of that.
 template <class P, class Module>
 void compare(const char* network, const char* precision, double tolerance) {
   INFO(network << " in " << precision);
