@@ -80,7 +80,7 @@ class FabricOptimizer {
   auto step() {
     before_step();
     if constexpr (Precision::has_scaler) {
-      const Stepped stepped = scaling_.scaler->step(*optimizer_, *scaling_.gradients);
+      Stepped stepped = scaling_.scaler->step(*optimizer_, *scaling_.gradients);
       after_step();
       return stepped;
     } else {

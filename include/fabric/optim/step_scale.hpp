@@ -5,14 +5,14 @@
 
 namespace fabric {
 
-/// What a gradient scaler tells an optimizer that can scale and skip by itself: one-element float32 tensors on the
-/// device.
+/// What a gradient scaler hands to an optimizer that looks at it inside its kernel, so that the processor need not wait
+/// for the device to say whether the step is to be skipped. Both are float32 tensors of one element.
 struct StepScale {
-  at::Tensor grad_scale;  ///< What the gradients are multiplied by; undefined when they were unscaled already.
-  at::Tensor found_inf;   ///< Not zero when a gradient holds an infinity or NaN: the step is to change nothing.
+  at::Tensor grad_scale;  ///< What the gradients are divided by, in place; undefined when they are unscaled already.
+  at::Tensor found_inf;   ///< 1 skips the step, 0 does not; undefined never skips.
 };
 
-/// An optimizer whose step takes a `StepScale`, so that nobody has to wait for the device to know whether to skip.
+/// An optimizer that takes a `StepScale` along. Others are not to be called when a gradient is infinite.
 template <class O>
 concept TakesStepScale = requires(O& optimizer, const StepScale& scale) {
   optimizer.step(scale);
