@@ -160,15 +160,15 @@ class Fabric {
   }
 
   /// `loss.backward()`, with the gradients averaged over the ranks if the strategy does that, and of a scaled loss if
-  /// the precision does that. Throws fabric::Error for a tensor that no parameter has part in.
-  void backward(const at::Tensor& loss, const std::optional<at::Tensor>& gradient = std::nullopt,
-                bool retain_graph = false) {
+  /// the precision does that. `gradient` is for losses that are no single number. Throws fabric::Error for a tensor
+  /// that no parameter has part in.
+  void backward(const at::Tensor& loss, const at::Tensor& gradient = {}, bool retain_graph = false) {
     if (!loss.requires_grad()) [[unlikely]]
       refuse_loss(loss);
     if constexpr (Plugin::has_scaler) {
-      scaler_->scale(loss).backward(gradient.value_or(at::Tensor()), retain_graph);
+      scaler_->scale(loss).backward(gradient, retain_graph);
     } else {
-      loss.backward(gradient.value_or(at::Tensor()), retain_graph);
+      loss.backward(gradient, retain_graph);
     }
     if constexpr (!std::is_empty_v<ModuleState>) {
       for (const KnownModule& known : modules_) {
