@@ -16,6 +16,7 @@
 #include <fmt/format.h>
 
 #include "digits.hpp"
+#include "kernels.hpp"
 #include "progress.hpp"
 
 namespace {
@@ -37,8 +38,8 @@ struct Arguments {
 
 /// What this program can run on. Each combination is compiled once, all others are refused by name.
 using OnWhat = std::conditional_t<built_with_nccl, Accelerators<Cpu, Cuda>, Accelerators<Cpu>>;
-using DigitsMenu =
-    Menu<OnWhat, Strategies<SingleDevice, Ddp, DdpFindUnusedParameters>, Precisions<F32, F64, BF16, BF16Mixed>>;
+using DigitsMenu = Menu<OnWhat, Strategies<SingleDevice, Ddp, DdpFindUnusedParameters>,
+                        Precisions<F32, F64, F16, BF16, F16Mixed, BF16Mixed>>;  // F16Mixed on Cuda alone
 
 std::unique_ptr<torch::optim::Optimizer> make_optimizer(const Arguments& arguments,
                                                         const std::vector<at::Tensor>& parameters) {
@@ -98,6 +99,41 @@ void train(F& fabric, const Arguments& arguments) {
   fabric.print(fmt::format("accuracy={:.4f}", accuracy(fabric, model, arguments)));
 }
 
+/// One line: what multiplies matrices in a forward and a backward of this precision on that device.
+template <class Plugin>
+std::string kernels(const at::Device& device) {
+  DigitNet net = [] {
+    [[maybe_unused]] const typename Plugin::InitContext context;
+    return DigitNet();
+  }();
+  net->to(device);
+  Plugin::convert_module(*net);
+  const Kernels used;
+  at::Tensor logits;
+  {
+    const typename Plugin::ForwardContext context(device.type());
+    logits = net->forward(Plugin::convert_input(torch::zeros({32, 1, 8, 8}, device)));
+  }
+  Plugin::convert_output(logits).sum().backward();
+  return fmt::format("kernels: {} on {} weights", used.text(), at::toString(net->logits->weight.scalar_type()));
+}
+
+/// What the flags come down to, and what then computes.
+void print_explanation(const Flags& flags) {
+  const CapturedVariables variables = capture_variables();
+  std::cout << to_text(explain(flags, variables, probe_host(variables)));
+  std::string line;
+  try {
+    const Selection selection = resolve_for<DigitsMenu>(flags);
+    line = visit_selected<DigitsMenu>(selection, [&](auto entry) {
+      return kernels<typename decltype(entry)::type::Plugin>(device_of(selection, 0));
+    });
+  } catch (const Error&) {
+    line = "kernels: none, since these flags do not run";  // why not was just explained
+  }
+  std::cout << line << '\n';
+}
+
 }  // namespace
 
 int main(int argc, char** argv) try {
@@ -122,8 +158,7 @@ int main(int argc, char** argv) try {
   CLI11_PARSE(app, argc, argv);
 
   if (explained) {
-    const CapturedVariables variables = capture_variables();
-    std::cout << to_text(explain(arguments.flags, variables, probe_host(variables)));
+    print_explanation(arguments.flags);
     return 0;
   }
   std::vector<std::shared_ptr<Logger>> loggers;

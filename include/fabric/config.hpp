@@ -8,3 +8,4 @@
 #include "fabric/policy/diagnose.hpp"
 #include "fabric/policy/registry.hpp"
 #include "fabric/policy/rules.hpp"
+#include "fabric/policy/strategy_precision.hpp"

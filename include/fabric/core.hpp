@@ -31,6 +31,7 @@
 #include "fabric/module/fabric_optimizer.hpp"
 #include "fabric/module/parameters.hpp"
 #include "fabric/policy/diagnose.hpp"
+#include "fabric/precision/grad_scaler.hpp"
 #include "fabric/precision/precision_plugin.hpp"
 #include "fabric/strategy/engine_diagnosis.hpp"
 #include "fabric/tree.hpp"
@@ -56,6 +57,7 @@ class Fabric {
     DevicesFlag devices{};  ///< A count, indices, -1 for all; by default all GPUs, or one process on a CPU.
     NumNodesFlag num_nodes{};
     typename Engine::Options strategy{};
+    typename detail::OptionsOf<Plugin>::type precision{};  ///< Of F16Mixed: GradScalerOptions.
     std::vector<std::shared_ptr<Logger>> loggers{};
     std::vector<std::shared_ptr<Callback>> callbacks{};
   };
@@ -74,7 +76,8 @@ class Fabric {
         engine_(merged(options.strategy, selection)),
         loggers_(std::move(options.loggers)),
         callbacks_(std::move(options.callbacks)),
-        device_(device_of(selection, 0)) {
+        device_(device_of(selection, 0)),
+        scaler_(make_scaler(options)) {
     constexpr Combination own = combination_v<Accelerator, Strategy, Precision, Environment>;
     if (!selects(selection, own)) {
       throw Error("fabric: this is a " + name_of(own) + ", but the selection says " +
@@ -90,6 +93,7 @@ class Fabric {
       activate(device_);
     }
     world_.device = device_;
+    if constexpr (Plugin::has_scaler) scaler_->join(world_);
   }
 
   Fabric(const Fabric&) = delete;
@@ -103,6 +107,7 @@ class Fabric {
     device_ = device_of(selection_, world_.local_rank);
     activate(device_);
     world_.device = device_;
+    if constexpr (Plugin::has_scaler) scaler_->join(world_);
     launched_ = true;
   }
   /// `launch()`, then `function(*this, arguments...)` in all processes. Returns what that returns.
@@ -154,13 +159,17 @@ class Fabric {
     return {std::forward<Dataset>(dataset), shares, options, device_};
   }
 
-  /// `loss.backward()`, with the gradients averaged over the ranks if the strategy does that. Throws fabric::Error for
-  /// a tensor that no parameter has part in.
-  void backward(const at::Tensor& loss, const std::optional<at::Tensor>& gradient = std::nullopt,
-                bool retain_graph = false) {
+  /// `loss.backward()`, with the gradients averaged over the ranks if the strategy does that, and of a scaled loss if
+  /// the precision does that. `gradient` is for losses that are no single number. Throws fabric::Error for a tensor
+  /// that no parameter has part in.
+  void backward(const at::Tensor& loss, const at::Tensor& gradient = {}, bool retain_graph = false) {
     if (!loss.requires_grad()) [[unlikely]]
       refuse_loss(loss);
-    loss.backward(gradient.value_or(at::Tensor()), retain_graph);
+    if constexpr (Plugin::has_scaler) {
+      scaler_->scale(loss).backward(gradient, retain_graph);
+    } else {
+      loss.backward(gradient, retain_graph);
+    }
     if constexpr (!std::is_empty_v<ModuleState>) {
       for (const KnownModule& known : modules_) {
         if (const auto state = known.state.lock()) Engine::after_backward(*state);
@@ -169,21 +178,27 @@ class Fabric {
   }
 
   /// Clips the gradients of a module that `setup` returned, all together by their norm; returns the norm from before.
-  /// Throws fabric::Error for a norm that is not finite.
+  /// Throws fabric::Error for a norm that is not finite, unless gradients overflowed and the scaler will skip the step.
   template <class M>
   at::Tensor clip_gradients(const FabricModule<M, Engine, Plugin>& model, const ClipNorm& clip) {
-    return fabric::clip_gradients(model.module(), clip);
+    unscale();
+    return fabric::clip_gradients(model.module(), tolerant(clip));
   }
   /// Clips each element of the gradients.
   template <class M>
   void clip_gradients(const FabricModule<M, Engine, Plugin>& model, const ClipValue& clip) {
+    unscale();
     fabric::clip_gradients(model.module(), clip);
   }
   /// Clips the gradients of an optimizer's parameters alone.
   template <class O, class Clip>
-  auto clip_gradients(const FabricOptimizer<O, Engine>& optimizer, const Clip& clip) {
-    return fabric::clip_gradients(optimizer.optimizer(), clip);
+  auto clip_gradients(const FabricOptimizer<O, Engine, Plugin>& optimizer, const Clip& clip) {
+    if constexpr (Plugin::has_scaler) scaler_->unscale(*optimizer.scaling().gradients);
+    return fabric::clip_gradients(optimizer.optimizer(), tolerant(clip));
   }
+
+  /// What scales losses and gradients, for its factor and its state.
+  [[nodiscard]] GradScaler& scaler() const requires Plugin::has_scaler { return *scaler_; }
 
   /// While the result lives, forward and backward of `model` keep gradients local, to accumulate over several batches
   /// without communication. `enabled` false changes nothing: `auto guard = fabric.no_backward_sync(model, i % 4 != 3)`.
@@ -312,6 +327,8 @@ class Fabric {
 
  private:
   using ModuleState = typename Engine::ModuleState;
+  struct NoScaler {};
+  using Scaler = std::conditional_t<Plugin::has_scaler, std::shared_ptr<GradScaler>, NoScaler>;
   /// What an optimizer's parameters are looked up in.
   struct KnownModule {
     std::weak_ptr<ModuleState> state;
@@ -379,7 +396,9 @@ class Fabric {
       std::vector<std::shared_ptr<ModuleState>> states;
       if constexpr (!std::is_empty_v<ModuleState>) states = states_behind(*optimizer);
       using O = typename decltype(optimizer)::element_type;
-      return FabricOptimizer<O, Engine>(std::move(optimizer), std::move(states));
+      detail::Scaling<Plugin> scaling;
+      if constexpr (Plugin::has_scaler) scaling = {scaler_, scaler_->watch(optimizer)};
+      return FabricOptimizer<O, Engine, Plugin>(std::move(optimizer), std::move(states), std::move(scaling));
     }
   }
 
@@ -405,6 +424,25 @@ class Fabric {
         strangers + ". Pass their module along, or set it up first");
   }
 
+  static Scaler make_scaler(const Options& options) {
+    if constexpr (Plugin::has_scaler) {
+      return std::make_shared<GradScaler>(options.precision);
+    } else {
+      return {};
+    }
+  }
+  void unscale() {
+    if constexpr (Plugin::has_scaler) scaler_->unscale();
+  }
+  /// A clipping that lets gradients be which overflowed.
+  template <class Clip>
+  Clip tolerant(Clip clip) const {
+    if constexpr (Plugin::has_scaler && std::is_same_v<Clip, ClipNorm>) {
+      clip.error_if_nonfinite = clip.error_if_nonfinite && !scaler_->found_inf();
+    }
+    return clip;
+  }
+
   static typename Engine::Options merged(const typename Engine::Options& options, const Selection& selection) {
     if constexpr (requires { Engine::merged(options, selection.options); }) {
       return Engine::merged(options, selection.options);
@@ -418,6 +456,7 @@ class Fabric {
   std::vector<std::shared_ptr<Logger>> loggers_;
   std::vector<std::shared_ptr<Callback>> callbacks_;
   at::Device device_;
+  [[no_unique_address]] Scaler scaler_;
   World world_;
   bool launched_ = false;
   std::vector<KnownModule> modules_;

@@ -22,8 +22,9 @@
 namespace fabric {
 
 /// A "tree" is a tensor, or a container of trees: a range, map, tuple, pair, optional, variant, `torch::OrderedDict`,
-/// `torch::data::Example`, a structure adapted for Boost.Hana, or a plain aggregate of at most twelve members (no C
-/// arrays). Numbers, enums, texts, devices and dtypes inside are left alone.
+/// `torch::data::Example`, a structure adapted for Boost.Hana, a plain aggregate of at most twelve members (no C
+/// arrays), or a type that `tree::Members` is specialised for. Numbers, enums, texts, devices and dtypes inside are
+/// left alone.
 namespace tree {
 
 template <class T>
@@ -70,19 +71,38 @@ inline constexpr bool is_variant = false;
 template <class... Ts>
 inline constexpr bool is_variant<std::variant<Ts...>> = true;
 
+/// The hook for types that are no tree by themselves, such as another library's. A specialisation has
+/// `static void for_each(auto& value, auto&& visit)`, which calls `visit` with each member that is a tree, in order;
+/// with none, where the type holds no tensors. `value` may be const.
+template <class T>
+struct Members;
+
+template <class T>
+concept HasMembers = requires {
+  sizeof(Members<Bare<T>>);
+};
+
 struct AnyField {
   template <class T>
   operator T() const;  // NOLINT(google-explicit-constructor): stands for any member in an initialiser list
 };
 
-template <class T, class... Fields>
+template <class T, std::size_t... i>
+constexpr bool takes_fields(std::index_sequence<i...> /*indices*/) {
+  return requires { T{(static_cast<void>(i), AnyField{})...}; };
+}
+
+/// From the top down, since members that cannot be left out, for want of a default constructor, forbid smaller numbers.
+template <class T, std::size_t n = 13>
 constexpr std::size_t count_fields() {
-  if constexpr (requires { T{Fields{}..., AnyField{}}; }) {
-    static_assert(sizeof...(Fields) < 12,
+  if constexpr (takes_fields<T>(std::make_index_sequence<n>())) {
+    static_assert(n <= 12,
                   "fabric: a structure of tensors has at most twelve members; adapt it with BOOST_HANA_ADAPT_STRUCT");
-    return count_fields<T, Fields..., AnyField>();
+    static_assert(n > 0, "fabric: cannot see the members of this structure; adapt it with BOOST_HANA_ADAPT_STRUCT");
+    return n;
   } else {
-    return sizeof...(Fields);
+    static_assert(n > 0, "fabric: cannot see the members of this structure; adapt it with BOOST_HANA_ADAPT_STRUCT");
+    return count_fields<T, n - 1>();
   }
 }
 
@@ -126,8 +146,6 @@ constexpr auto fields(T& value) {
   } else if constexpr (n == 12) {
     auto& [a, b, c, d, e, f, g, h, i, j, k, l] = value;
     return std::tie(a, b, c, d, e, f, g, h, i, j, k, l);
-  } else {
-    return std::tuple<>{};
   }
 }
 
@@ -139,6 +157,8 @@ template <class T, class Visit>
 constexpr void for_each(T& value, Visit&& visit) {
   if constexpr (std::is_base_of_v<at::Tensor, Bare<T>>) {
     visit(value);
+  } else if constexpr (HasMembers<T>) {
+    Members<Bare<T>>::for_each(value, [&](auto& member) { for_each(member, visit); });
   } else if constexpr (Leaf<T>) {
   } else if constexpr (is_variant<Bare<T>>) {
     std::visit([&](auto& alternative) { for_each(alternative, visit); }, value);
@@ -163,7 +183,7 @@ constexpr void for_each(T& value, Visit&& visit) {
     static_assert(
         cannot_be_searched<T>,
         "fabric: cannot look for tensors in this type: use a tensor, a container, a tuple or an aggregate of them, "
-        "or adapt the type with BOOST_HANA_ADAPT_STRUCT");
+        "or adapt the type with BOOST_HANA_ADAPT_STRUCT, or specialise fabric::tree::Members for it");
   }
 }
 

@@ -65,9 +65,55 @@ class Private {  // no aggregate: only its adaption says what is inside
   at::Tensor left, right;
 };
 
+/// As from another library: what is inside is reached by functions alone.
+class Foreign {
+ public:
+  explicit Foreign(at::Tensor tensor, std::vector<at::Tensor> more = {})
+      : tensor_(std::move(tensor)), more_(std::move(more)) {}
+  [[nodiscard]] const at::Tensor& tensor() const { return tensor_; }
+  void set_tensor(at::Tensor tensor) { tensor_ = std::move(tensor); }
+  [[nodiscard]] const std::vector<at::Tensor>& more() const { return more_; }
+  std::vector<at::Tensor>& more() { return more_; }
+
+ private:
+  at::Tensor tensor_;
+  std::vector<at::Tensor> more_;
+};
+
+/// Neither an aggregate nor anything with tensors.
+class Clock {
+ public:
+  explicit Clock(int now) : now_(now) {}
+  [[nodiscard]] int now() const { return now_; }
+
+ private:
+  int now_;
+};
+
 }  // namespace
 
 BOOST_HANA_ADAPT_STRUCT(Private, right, left);
+
+template <>
+struct fabric::tree::Members<Foreign> {
+  template <class Visit>
+  static void for_each(const Foreign& value, Visit&& visit) {
+    visit(value.tensor());
+    visit(value.more());
+  }
+  template <class Visit>
+  static void for_each(Foreign& value, Visit&& visit) {
+    at::Tensor tensor = value.tensor();
+    visit(tensor);
+    value.set_tensor(std::move(tensor));
+    visit(value.more());
+  }
+};
+
+template <>
+struct fabric::tree::Members<Clock> {
+  static void for_each(const Clock& /*value*/, auto&& /*visit*/) {}
+};
 
 TEST_CASE("[issue-3.3] a tree is visited in order, whatever it is made of") {
   CHECK(numbers(number(1)) == Numbers{1});
@@ -107,6 +153,23 @@ TEST_CASE("[issue-3.3] the members of plain structures are found, up to twelve")
 
 TEST_CASE("[issue-3.3] a structure adapted for Hana is visited by its adaption") {
   CHECK(numbers(Private{number(1), number(2)}) == Numbers{2, 1});
+}
+
+TEST_CASE("[issue-5.8] a hook says what is in a type that says nothing by itself") {
+  const Foreign before(number(1), {number(2), number(3)});
+  CHECK(numbers(before) == Numbers{1, 2, 3});
+  CHECK(numbers(tenfold(before)) == Numbers{10, 20, 30});
+  CHECK(numbers(before) == Numbers{1, 2, 3});
+  struct Batch {
+    std::map<std::string, std::vector<Foreign>> parts;
+    Clock clock;
+    std::optional<Private> adapted;
+  };
+  const Batch batch{{{"a", {before}}}, Clock(7), Private(number(4), number(5))};
+  CHECK(numbers(batch) == Numbers{1, 2, 3, 5, 4});
+  const Batch after = tenfold(batch);
+  CHECK(numbers(after) == Numbers{10, 20, 30, 50, 40});
+  CHECK(after.clock.now() == 7);
 }
 
 TEST_CASE("[issue-3.3] the alternative that a variant holds is visited") {

@@ -9,6 +9,8 @@
 
 #include <torch/torch.h>
 
+#include "fabric/precision/grad_scaler.hpp"
+
 namespace fabric {
 
 namespace detail {
@@ -47,33 +49,64 @@ auto shared_optimizer(T&& argument) {
 
 }  // namespace detail
 
-/// An optimizer as `setup` returns it: `step` first makes sure that the gradients are the ones of all ranks.
-template <class O, class Engine>
+namespace detail {
+
+/// An optimizer's part in gradient scaling; empty where the precision scales nothing.
+template <class Precision>
+struct Scaling {};
+template <class Precision>
+requires Precision::has_scaler struct Scaling<Precision> {
+  std::shared_ptr<GradScaler> scaler;
+  std::shared_ptr<GradScaler::Gradients> gradients;
+};
+
+}  // namespace detail
+
+/// An optimizer as `setup` returns it: `step` first makes sure that the gradients are the ones of all ranks, and not
+/// scaled any more.
+template <class O, class Engine, class Precision>
 class FabricOptimizer {
  public:
   using ModuleState = typename Engine::ModuleState;
+  using Scaling = detail::Scaling<Precision>;
 
   /// `states` are those of the modules whose parameters this optimizer changes.
-  FabricOptimizer(std::shared_ptr<O> optimizer, std::vector<std::shared_ptr<ModuleState>> states)
-      : optimizer_(std::move(optimizer)), states_(std::move(states)) {}
+  FabricOptimizer(std::shared_ptr<O> optimizer, std::vector<std::shared_ptr<ModuleState>> states, Scaling scaling)
+      : optimizer_(std::move(optimizer)), states_(std::move(states)), scaling_(std::move(scaling)) {}
 
   /// Changes the parameters by their gradients. Throws fabric::Error when the strategy knows that those are not
-  /// averaged.
-  void step() {
+  /// averaged. Returns whether it did, so that schedulers can follow: `true`, or where a scaler may skip the step, a
+  /// `Stepped`, which waits for the device only if it is asked.
+  auto step() {
     before_step();
-    optimizer_->step();
+    if constexpr (Precision::has_scaler) {
+      Stepped stepped = scaling_.scaler->step(*optimizer_, *scaling_.gradients);
+      after_step();
+      return stepped;
+    } else {
+      optimizer_->step();
+      after_step();
+      return true;
+    }
   }
 
   /// For optimizers that evaluate the loss themselves (LBFGS): `closure` clears the gradients, computes the loss, runs
   /// backward and returns the loss. Returns what the optimizer makes of it.
   template <std::invocable Closure>
   at::Tensor step(Closure&& closure) {
-    return optimizer_->step([&] {
+    static_assert(
+        !Precision::has_scaler,
+        "fabric: an optimizer that evaluates the loss itself would use scaled gradients: use BF16Mixed or F32, "
+        "which scale nothing");
+    at::Tensor result = optimizer_->step([&] {
       const at::AutoGradMode with_gradients(true);
+      after_step();  // the optimizer may have tried other parameters since the last evaluation
       at::Tensor loss = closure();
       before_step();
       return loss;
     });
+    after_step();
+    return result;
   }
 
   /// Drops the gradients, or with `set_to_none` false fills them with zeros.
@@ -96,14 +129,20 @@ class FabricOptimizer {
   /// The optimizer itself, for learning rates and schedulers.
   [[nodiscard]] O& optimizer() const { return *optimizer_; }
   O* operator->() const { return optimizer_.get(); }
+  /// What the precision's scaler keeps for this optimizer.
+  [[nodiscard]] const Scaling& scaling() const { return scaling_; }
 
  private:
   void before_step() {
     for (const auto& state : states_) Engine::before_step(*state);
   }
+  static void after_step() {
+    if constexpr (requires { Precision::after_step(); }) Precision::after_step();
+  }
 
   std::shared_ptr<O> optimizer_;
   std::vector<std::shared_ptr<ModuleState>> states_;
+  [[no_unique_address]] Scaling scaling_;
 };
 
 }  // namespace fabric

@@ -13,7 +13,10 @@ namespace fabric {
 /// - `convert_input(tree)`, `convert_output(tree)`: what goes into and comes out of a module's forward;
 /// - `ForwardContext`, made from a device type: alive while forward runs;
 /// - `InitContext`, default-constructible: alive while a module is made;
-/// - `has_scaler`: gradients are scaled before backward and unscaled before the optimizer's step.
+/// - `has_scaler`: a `GradScaler` scales the loss before backward and unscales the gradients before they are used;
+/// and if it needs them
+/// - `Options`, default-constructible: what may be tuned at run time, as `Fabric::Options::precision`;
+/// - `after_step()`: an optimizer has changed the weights.
 template <class P>
 class PrecisionPlugin;
 
@@ -22,6 +25,9 @@ template <class P>
 concept HasPrecisionPlugin = requires {
   sizeof(PrecisionPlugin<P>);
 };
+
+/// What may be tuned of a precision that has nothing to tune.
+struct NoOptions {};
 
 /// The LibTorch dtype of a `Scalar`.
 [[nodiscard]] constexpr at::ScalarType dtype_of(Scalar scalar) {
@@ -52,6 +58,17 @@ template <class T>
     return at::isFloatingType(tensor.scalar_type()) ? tensor.to(dtype) : tensor;
   });
 }
+
+/// `Plugin::Options`, or none.
+template <class Plugin>
+struct OptionsOf {
+  using type = NoOptions;
+};
+template <class Plugin>
+requires requires { typename Plugin::Options; }
+struct OptionsOf<Plugin> {
+  using type = typename Plugin::Options;
+};
 
 inline at::ScalarType default_dtype() { return c10::typeMetaToScalarType(c10::get_default_dtype()); }
 

@@ -73,6 +73,10 @@ class TruePrecision {
 template <>
 class PrecisionPlugin<F64> : public detail::TruePrecision<F64> {};
 
+/// `16-true`.
+template <>
+class PrecisionPlugin<F16> : public detail::TruePrecision<F16> {};
+
 /// `bf16-true`.
 template <>
 class PrecisionPlugin<BF16> : public detail::TruePrecision<BF16> {};

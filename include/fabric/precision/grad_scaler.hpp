@@ -1,0 +1,269 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include <torch/torch.h>
+
+#include "fabric/checkpoint/value.hpp"
+#include "fabric/comm/collectives.hpp"
+#include "fabric/comm/world.hpp"
+#include "fabric/error.hpp"
+#include "fabric/optim/step_scale.hpp"
+
+namespace fabric {
+
+/// What may be tuned of a `GradScaler`; the names and defaults are PyTorch's.
+struct GradScalerOptions {
+  double init_scale = 65536.0;          ///< The first factor.
+  double growth_factor = 2.0;           ///< The factor grows by this after `growth_interval` good steps in a row,
+  double backoff_factor = 0.5;          ///< and shrinks by this after a skipped one.
+  std::int64_t growth_interval = 2000;  ///< In iterations.
+};
+
+/// Whether a step of an optimizer changed the parameters, or was skipped since gradients overflowed. On a GPU the
+/// answer may still be under way: asking waits for it, not asking does not. `if (optimizer.step()) scheduler.step();`
+class Stepped {
+ public:
+  /// `found_inf` is one element, zero for a step that was made.
+  explicit Stepped(at::Tensor found_inf) : found_inf_(std::move(found_inf)) {}
+  explicit operator bool() const { return found_inf_.item<float>() == 0; }
+
+ private:
+  at::Tensor found_inf_;
+};
+
+/// Multiplies the loss so that small gradients survive in half floats, divides the gradients by the same before they
+/// are used, skips steps whose gradients overflowed, and adapts the factor (Micikevicius et al., "Mixed Precision
+/// Training", ICLR 2018). Step for step the numbers of `torch.amp.GradScaler`.
+///
+/// There is no stage to get wrong: gradients are unscaled once, by who first needs them so, and the factor is updated
+/// once for all steps since the last backward, before the next. Gradients that were not used up by then, because their
+/// optimizer steps less often, are brought to the new factor, so that what a backward adds to them fits.
+class GradScaler {
+ public:
+  using Options = GradScalerOptions;
+
+  /// The gradients of one optimizer's parameters.
+  class Gradients {
+   public:
+    explicit Gradients(std::shared_ptr<torch::optim::Optimizer> optimizer) : optimizer_(std::move(optimizer)) {}
+
+   private:
+    friend class GradScaler;
+    [[nodiscard]] bool unscaled() const { return found_inf_.defined(); }
+
+    std::shared_ptr<torch::optim::Optimizer> optimizer_;
+    at::Tensor found_inf_;  // undefined while the gradients are scaled
+  };
+
+  /// Throws fabric::Error that names every option that makes no sense.
+  explicit GradScaler(const Options& options = {})
+      : options_(options),
+        scale_(at::full({}, options.init_scale, at::kFloat)),
+        growth_tracker_(at::zeros({}, at::kInt)) {
+    std::string problems;
+    const auto require = [&](bool good, const char* name, double value, const char* legal) {
+      if (!good) problems += std::string("\n  ") + name + " is " + std::to_string(value) + ": " + legal;
+    };
+    require(std::isfinite(options.init_scale) && options.init_scale > 0, "init_scale", options.init_scale,
+            "more than 0 is legal");
+    require(std::isfinite(options.growth_factor) && options.growth_factor > 1, "growth_factor", options.growth_factor,
+            "more than 1 is legal");
+    require(options.backoff_factor > 0 && options.backoff_factor < 1, "backoff_factor", options.backoff_factor,
+            "between 0 and 1 is legal");
+    require(options.growth_interval > 0, "growth_interval", static_cast<double>(options.growth_interval),
+            "1 or more is legal");
+    if (!problems.empty()) throw Error("fabric: GradScaler:" + problems);
+  }
+
+  /// Goes to the device of `world`, whose ranks agree from then on whether gradients overflowed.
+  void join(const World& world) {
+    world_ = world;
+    scale_ = scale_.to(world.device);
+    growth_tracker_ = growth_tracker_.to(world.device);
+  }
+
+  /// Keeps track of an optimizer's gradients while the result lives.
+  [[nodiscard]] std::shared_ptr<Gradients> watch(std::shared_ptr<torch::optim::Optimizer> optimizer) {
+    auto gradients = std::make_shared<Gradients>(std::move(optimizer));
+    std::erase_if(watched_, [](const std::weak_ptr<Gradients>& known) { return known.expired(); });
+    watched_.push_back(gradients);
+    return gradients;
+  }
+
+  /// The loss times the factor, to call backward on.
+  [[nodiscard]] at::Tensor scale(const at::Tensor& loss) {
+    update();
+    for_each_watched([&](Gradients& gradients) {
+      if (!gradients.unscaled()) return;
+      multiply(gradients, scale_);
+      gradients.found_inf_.reset();
+    });
+    was_used_ = true;
+    return loss * scale_;
+  }
+
+  /// Divides the gradients by the factor, unless that was done since the last backward. On all ranks together. Throws
+  /// fabric::Error for gradients in half floats, which have no room for it.
+  void unscale(Gradients& gradients) {
+    if (gradients.unscaled()) return;
+    if (!was_used_) {
+      throw Error(
+          "fabric: GradScaler: gradients are to be unscaled, but no loss was scaled: call fabric.backward(loss), not "
+          "loss.backward()");
+    }
+    const at::NoGradGuard no_grad;
+    at::Tensor found_inf = at::zeros({}, scale_.options());
+    const at::Tensor inverse = scale_.reciprocal();
+    for (auto& [dtype, tensors] : by_dtype(gradients)) {
+      if (dtype == at::kHalf) refuse_half(*gradients.optimizer_);
+      at::_amp_foreach_non_finite_check_and_unscale_(tensors, found_inf, inverse);
+    }
+    gradients.found_inf_ = all_reduce(world_, std::move(found_inf), ReduceOp::max);
+  }
+  /// Likewise those of all optimizers.
+  void unscale() {
+    for_each_watched([&](Gradients& gradients) { unscale(gradients); });
+  }
+
+  /// Did gradients that are unscaled now hold an infinity or NaN? Waits for the device.
+  [[nodiscard]] bool found_inf() const {
+    bool found = false;
+    for_each_watched([&](const Gradients& gradients) {
+      found = found || (gradients.unscaled() && gradients.found_inf_.item<float>() != 0);
+    });
+    return found;
+  }
+
+  /// Unscales, then steps unless the gradients overflowed. `gradients` are those of `optimizer`.
+  template <class O>
+  Stepped step(O& optimizer, Gradients& gradients) {
+    unscale(gradients);
+    const at::Tensor& found_inf = gradients.found_inf_;
+    found_inf_ = found_inf_.defined() ? at::maximum(found_inf_, found_inf) : found_inf;
+    Stepped stepped(found_inf);
+    if constexpr (TakesStepScale<O>) {
+      optimizer.step(StepScale{{}, found_inf});
+    } else if (stepped) {
+      optimizer.step();
+    }
+    return stepped;
+  }
+
+  /// Adapts the factor to the steps since the last update; without any, nothing happens. Comes by itself before the
+  /// next backward.
+  void update() {
+    if (!found_inf_.defined()) return;
+    auto [scale, growth_tracker] = updated();
+    become(std::move(scale), std::move(growth_tracker));
+  }
+
+  /// The factor of the next backward. Waits for the device.
+  [[nodiscard]] double get_scale() const { return updated().first.item<float>(); }
+  /// How many good iterations there were since the factor last changed. Waits for the device.
+  [[nodiscard]] std::int64_t get_growth_tracker() const { return updated().second.item<int>(); }
+  [[nodiscard]] const Options& options() const { return options_; }
+
+  /// Everything that a resumed run needs, under the keys of Python's GradScaler.
+  [[nodiscard]] Value state_dict() const {
+    return Dict{{"scale", get_scale()},
+                {"growth_factor", options_.growth_factor},
+                {"backoff_factor", options_.backoff_factor},
+                {"growth_interval", options_.growth_interval},
+                {"_growth_tracker", get_growth_tracker()}};
+  }
+  /// Takes a state of `state_dict`, or of Python's. Throws fabric::Error, and then has changed nothing.
+  void load_state_dict(const Value& state) {
+    const auto& entries = state.as<Dict>("the state of GradScaler");
+    const Options options{
+        .init_scale = entries.at("scale").as_number("GradScaler's scale"),
+        .growth_factor = entries.at("growth_factor").as_number("GradScaler's growth_factor"),
+        .backoff_factor = entries.at("backoff_factor").as_number("GradScaler's backoff_factor"),
+        .growth_interval = entries.at("growth_interval").as<std::int64_t>("GradScaler's growth_interval")};
+    const auto tracker = entries.at("_growth_tracker").as<std::int64_t>("GradScaler's _growth_tracker");
+    GradScaler loaded(options);  // which checks them
+    if (tracker < 0) throw Error("fabric: GradScaler's _growth_tracker is " + std::to_string(tracker) + ", below 0");
+    become(loaded.scale_.to(world_.device), at::full({}, tracker, growth_tracker_.options()));
+    options_ = {options_.init_scale, options.growth_factor, options.backoff_factor, options.growth_interval};
+  }
+
+ private:
+  template <class Visit>
+  void for_each_watched(Visit&& visit) const {
+    for (const std::weak_ptr<Gradients>& known : watched_) {
+      if (const auto gradients = known.lock()) visit(*gradients);
+    }
+  }
+
+  /// The tensors that hold the gradients (of sparse ones, their values).
+  static std::vector<std::pair<at::ScalarType, std::vector<at::Tensor>>> by_dtype(const Gradients& gradients) {
+    std::vector<std::pair<at::ScalarType, std::vector<at::Tensor>>> lists;
+    for (const auto& group : gradients.optimizer_->param_groups()) {
+      for (const at::Tensor& parameter : group.params()) {
+        const at::Tensor& gradient = parameter.grad();
+        if (!gradient.defined()) continue;
+        const auto has_dtype = [&](const auto& list) { return list.first == gradient.scalar_type(); };
+        auto list = std::find_if(lists.begin(), lists.end(), has_dtype);
+        if (list == lists.end()) list = lists.insert(list, {gradient.scalar_type(), {}});
+        list->second.push_back(gradient.is_sparse() ? gradient._values() : gradient);
+      }
+    }
+    return lists;
+  }
+
+  [[noreturn]] static void refuse_half(const torch::optim::Optimizer& optimizer) {
+    std::string places;
+    std::size_t place = 0;
+    for (const auto& group : optimizer.param_groups()) {
+      for (const at::Tensor& parameter : group.params()) {
+        if (parameter.grad().defined() && parameter.grad().scalar_type() == at::kHalf) {
+          places += (places.empty() ? "" : ", ") + std::to_string(place);
+        }
+        ++place;
+      }
+    }
+    throw Error("fabric: GradScaler: gradients in half floats cannot be unscaled (parameters " + places +
+                " of the optimizer): keep the weights in 32 bits under F16Mixed, or use F16 without a scaler");
+  }
+
+  static void multiply(const Gradients& gradients, const at::Tensor& factor) {
+    const at::NoGradGuard no_grad;
+    for (auto& [dtype, tensors] : by_dtype(gradients)) at::_foreach_mul_(tensors, factor);
+  }
+
+  /// Factor and tracker with the steps since the last update.
+  [[nodiscard]] std::pair<at::Tensor, at::Tensor> updated() const {
+    if (!found_inf_.defined()) return {scale_, growth_tracker_};
+    at::Tensor scale = scale_.clone();
+    at::Tensor growth_tracker = growth_tracker_.clone();
+    at::_amp_update_scale_(scale, growth_tracker, found_inf_, options_.growth_factor, options_.backoff_factor,
+                           options_.growth_interval);
+    return {scale, growth_tracker};
+  }
+  /// From here on the factor is `scale`, for gradients that are scaled too.
+  void become(at::Tensor scale, at::Tensor growth_tracker) {
+    for_each_watched([&](Gradients& gradients) {
+      if (!gradients.unscaled()) multiply(gradients, scale / scale_);
+    });
+    scale_ = std::move(scale);
+    growth_tracker_ = std::move(growth_tracker);
+    found_inf_.reset();
+  }
+
+  Options options_;
+  World world_;
+  at::Tensor scale_;           // float32, no dimensions
+  at::Tensor growth_tracker_;  // int32, no dimensions
+  at::Tensor found_inf_;       // over the steps since the last update; undefined if there were none
+  bool was_used_ = false;
+  std::vector<std::weak_ptr<Gradients>> watched_;
+};
+
+}  // namespace fabric
