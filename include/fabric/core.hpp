@@ -56,6 +56,7 @@ class Fabric {
     DevicesFlag devices{};  ///< A count, indices, -1 for all; by default all GPUs, or one process on a CPU.
     NumNodesFlag num_nodes{};
     typename Engine::Options strategy{};
+    detail::PluginOptions<Plugin> precision{};
     std::vector<std::shared_ptr<Logger>> loggers{};
     std::vector<std::shared_ptr<Callback>> callbacks{};
   };
@@ -72,6 +73,7 @@ class Fabric {
   explicit Fabric(const Selection& selection, Options options = {})
       : selection_(selection),
         engine_(merged(options.strategy, selection)),
+        precision_(std::move(options.precision)),
         loggers_(std::move(options.loggers)),
         callbacks_(std::move(options.callbacks)),
         device_(device_of(selection, 0)) {
@@ -336,7 +338,11 @@ class Fabric {
     if constexpr (ModuleArgument<T>) {
       auto module = detail::shared_module(std::forward<T>(argument));
       module->to(device_);
-      Plugin::convert_module(*module);
+      if constexpr (requires { Plugin::convert_module(*module, precision_, world_); }) {
+        Plugin::convert_module(*module, precision_, world_);
+      } else {
+        Plugin::convert_module(*module);
+      }
       using M = typename decltype(module)::element_type;
       FabricModule<M, Engine, Plugin> wrapped(std::move(module), device_.type());
       const KnownModule known = know(wrapped);
@@ -415,6 +421,7 @@ class Fabric {
 
   Selection selection_;
   Engine engine_;
+  detail::PluginOptions<Plugin> precision_;
   std::vector<std::shared_ptr<Logger>> loggers_;
   std::vector<std::shared_ptr<Callback>> callbacks_;
   at::Device device_;

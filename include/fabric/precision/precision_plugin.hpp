@@ -13,6 +13,8 @@ namespace fabric {
 /// - `convert_input(tree)`, `convert_output(tree)`: what goes into and comes out of a module's forward;
 /// - `ForwardContext`, made from a device type: alive while forward runs;
 /// - `InitContext`, default-constructible: alive while a module is made;
+/// - optionally `Options`, default-constructible: what may be chosen at run time. `convert_module(module, options,
+///   world)` then takes them, and the processes that train together;
 /// - `has_scaler`: gradients are scaled before backward and unscaled before the optimizer's step.
 template <class P>
 class PrecisionPlugin;
@@ -44,6 +46,20 @@ struct NoContext {
 };
 
 namespace detail {
+
+struct NoPluginOptions {};
+template <class Plugin>
+struct PluginOptionsOf {
+  using Type = NoPluginOptions;
+};
+template <class Plugin>
+requires requires { typename Plugin::Options; }
+struct PluginOptionsOf<Plugin> {
+  using Type = typename Plugin::Options;
+};
+/// A plugin's options; an empty struct for plugins without any.
+template <class Plugin>
+using PluginOptions = typename PluginOptionsOf<Plugin>::Type;
 
 /// A tree with its real floating-point tensors cast to `dtype`; the others, and those that have it already, are shared.
 template <class T>
