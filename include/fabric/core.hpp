@@ -56,7 +56,7 @@ class Fabric {
     DevicesFlag devices{};  ///< A count, indices, -1 for all; by default all GPUs, or one process on a CPU.
     NumNodesFlag num_nodes{};
     typename Engine::Options strategy{};
-    detail::PluginOptions<Plugin> precision{};
+    typename detail::OptionsOf<Plugin>::type precision{};
     std::vector<std::shared_ptr<Logger>> loggers{};
     std::vector<std::shared_ptr<Callback>> callbacks{};
   };
@@ -421,7 +421,7 @@ class Fabric {
 
   Selection selection_;
   Engine engine_;
-  detail::PluginOptions<Plugin> precision_;
+  typename detail::OptionsOf<Plugin>::type precision_;
   std::vector<std::shared_ptr<Logger>> loggers_;
   std::vector<std::shared_ptr<Callback>> callbacks_;
   at::Device device_;

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstdint>
 #include <limits>
+#include <optional>
 #include <string>
 
 #include <ATen/ops/_scaled_mm.h>
@@ -86,23 +87,23 @@ enum class Kernel : std::uint8_t {
 }
 
 /// a (m, k) times the transpose of b (n, k), both FP8, times both inverse scales (one element each), plus `bias` (n) if
-/// it is defined, rounded to `type` once. `fast` lets tensor cores add up with fewer bits, as forward may. For
+/// there is one, rounded to `type` once. `fast` lets tensor cores add up with fewer bits, as forward may. For
 /// scaled_mm sizes that are no multiples of 16 are padded with zeros.
 [[nodiscard]] inline at::Tensor product(const at::Tensor& a, const at::Tensor& b, const at::Tensor& inverse_a,
-                                        const at::Tensor& inverse_b, const at::Tensor& bias, at::ScalarType type,
-                                        bool fast, Kernel kernel) {
+                                        const at::Tensor& inverse_b, const std::optional<at::Tensor>& bias,
+                                        at::ScalarType type, bool fast, Kernel kernel) {
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);
   if (kernel == Kernel::emulation) {
     at::Tensor out = a.to(at::kFloat).mm(b.to(at::kFloat).t()).mul_(inverse_a * inverse_b);
-    if (bias.defined()) out.add_(bias);
+    if (bias) out.add_(*bias);
     return out.to(type);
   }
   const int64_t m = a.size(0);
   const int64_t n = b.size(0);
   at::Tensor out = at::_scaled_mm(detail::padded(a), detail::padded(b).t(), inverse_a, inverse_b, /*bias=*/{},
-                                  /*scale_result=*/{}, bias.defined() ? at::kFloat : type, fast);
+                                  /*scale_result=*/{}, bias ? at::kFloat : type, fast);
   out = out.narrow(0, 0, m).narrow(1, 0, n);
-  return bias.defined() ? out.add_(bias).to(type) : out;
+  return bias ? out.add_(*bias).to(type) : out;
 }
 
 /// One step of delayed scaling for many tensors at once. `history` (tensors, length) has the magnitudes of the step

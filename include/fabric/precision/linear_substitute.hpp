@@ -5,9 +5,11 @@
 #include <cstdio>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <shared_mutex>
 #include <string>
 #include <unordered_map>
+#include <unordered_set>
 #include <utility>
 #include <vector>
 
@@ -32,8 +34,16 @@ class LinearSubstitute : public torch::nn::Module {
   LinearSubstitute& operator=(const LinearSubstitute&) = delete;
   inline ~LinearSubstitute() override;
 
-  /// `input` (*, in) times the transpose of what `weight` means (out, in), plus `bias` (out) if it is defined.
-  virtual at::Tensor product(const at::Tensor& input, const at::Tensor& weight, const at::Tensor& bias) = 0;
+  /// `input` (*, in) times the transpose of what `weight` means (out, in), plus `bias` (out) if there is one.
+  virtual at::Tensor product(const at::Tensor& input, const at::Tensor& weight,
+                             const std::optional<at::Tensor>& bias) = 0;
+
+  /// The tensors whose dtype must not change: by default, all of this module's.
+  [[nodiscard]] virtual std::vector<at::Tensor> exact() const {
+    std::vector<at::Tensor> tensors = parameters();
+    for (const at::Tensor& buffer : buffers()) tensors.push_back(buffer);
+    return tensors;
+  }
 
  private:
   friend class LinearSubstitutes;
@@ -98,8 +108,7 @@ class LinearSubstitutes {
   static at::Tensor linear(const at::Tensor& input, const at::Tensor& weight, const std::optional<at::Tensor>& bias) {
     const c10::impl::ExcludeDispatchKeyGuard once(key);
     const auto substitute = instance().find(weight);
-    return substitute ? substitute->product(input, weight, bias.value_or(at::Tensor()))
-                      : at::linear(input, weight, bias);
+    return substitute ? substitute->product(input, weight, bias) : at::linear(input, weight, bias);
   }
 
   static void intercept() {
@@ -173,6 +182,26 @@ struct NamedLinear {
     }
   }
   return vain;
+}
+
+/// Brings parameters and floating-point buffers to `dtype`, but for what substitutes need exact.
+inline void convert_floats(torch::nn::Module& module, at::ScalarType dtype) {
+  std::unordered_set<const c10::TensorImpl*> exact;
+  for (const auto& child : module.modules(/*include_self=*/false)) {
+    if (const auto* substitute = dynamic_cast<const LinearSubstitute*>(child.get())) {
+      for (const at::Tensor& tensor : substitute->exact()) exact.insert(tensor.unsafeGetTensorImpl());
+    }
+  }
+  const auto convert = [&](std::vector<at::Tensor> tensors) {
+    for (at::Tensor& tensor : tensors) {
+      if (tensor.is_floating_point() && !exact.contains(tensor.unsafeGetTensorImpl())) {
+        tensor.set_data(tensor.to(dtype));
+      }
+    }
+  };
+  const at::NoGradGuard no_grad;
+  convert(module.parameters());
+  convert(module.buffers());
 }
 
 /// Names and what else there is to say of them, for one line on standard error.

@@ -13,9 +13,10 @@ namespace fabric {
 /// - `convert_input(tree)`, `convert_output(tree)`: what goes into and comes out of a module's forward;
 /// - `ForwardContext`, made from a device type: alive while forward runs;
 /// - `InitContext`, default-constructible: alive while a module is made;
-/// - optionally `Options`, default-constructible: what may be chosen at run time. `convert_module(module, options,
-///   world)` then takes them, and the processes that train together;
-/// - `has_scaler`: gradients are scaled before backward and unscaled before the optimizer's step.
+/// - `has_scaler`: gradients are scaled before backward and unscaled before the optimizer's step;
+/// and if it needs them
+/// - `Options`, default-constructible: what may be tuned at run time, as `Fabric::Options::precision`. A
+///   `convert_module(module, options, world)` takes them and the processes that train together.
 template <class P>
 class PrecisionPlugin;
 
@@ -24,6 +25,9 @@ template <class P>
 concept HasPrecisionPlugin = requires {
   sizeof(PrecisionPlugin<P>);
 };
+
+/// What may be tuned of a precision that has nothing to tune.
+struct NoOptions {};
 
 /// The LibTorch dtype of a `Scalar`.
 [[nodiscard]] constexpr at::ScalarType dtype_of(Scalar scalar) {
@@ -47,20 +51,6 @@ struct NoContext {
 
 namespace detail {
 
-struct NoPluginOptions {};
-template <class Plugin>
-struct PluginOptionsOf {
-  using Type = NoPluginOptions;
-};
-template <class Plugin>
-requires requires { typename Plugin::Options; }
-struct PluginOptionsOf<Plugin> {
-  using Type = typename Plugin::Options;
-};
-/// A plugin's options; an empty struct for plugins without any.
-template <class Plugin>
-using PluginOptions = typename PluginOptionsOf<Plugin>::Type;
-
 /// A tree with its real floating-point tensors cast to `dtype`; the others, and those that have it already, are shared.
 template <class T>
 [[nodiscard]] auto cast_floats(T&& value, at::ScalarType dtype) {
@@ -68,6 +58,17 @@ template <class T>
     return at::isFloatingType(tensor.scalar_type()) ? tensor.to(dtype) : tensor;
   });
 }
+
+/// `Plugin::Options`, or none.
+template <class Plugin>
+struct OptionsOf {
+  using type = NoOptions;
+};
+template <class Plugin>
+requires requires { typename Plugin::Options; }
+struct OptionsOf<Plugin> {
+  using type = typename Plugin::Options;
+};
 
 inline at::ScalarType default_dtype() { return c10::typeMetaToScalarType(c10::get_default_dtype()); }
 

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include <algorithm>
 #include <memory>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -70,7 +70,7 @@ class Fp8Linear : public LinearSubstitute {
     steps_ = register_buffer("steps", at::zeros({}, options.dtype(at::kLong)));
   }
 
-  inline at::Tensor product(const at::Tensor& x, const at::Tensor& w, const at::Tensor& bias) override;
+  inline at::Tensor product(const at::Tensor& x, const at::Tensor& w, const std::optional<at::Tensor>& bias) override;
 
   /// An operand as FP8. Its largest magnitude is remembered for the scales to come while gradients are recorded:
   /// evaluation changes nothing.
@@ -137,12 +137,14 @@ class Fp8Product : public torch::autograd::Function<Fp8Product> {
   };
 
   static at::Tensor forward(torch::autograd::AutogradContext* context, const at::Tensor& x, const at::Tensor& w,
-                            const at::Tensor& bias, const std::shared_ptr<Fp8Linear>& layer, bool remember) {
+                            const std::optional<at::Tensor>& bias, const std::shared_ptr<Fp8Linear>& layer,
+                            bool remember) {
     const at::Tensor inverse_x = layer->inverse_scale(Fp8Linear::input);
     const at::Tensor inverse_w = layer->inverse_scale(Fp8Linear::weight);
     const at::Tensor x8 = layer->quantise(x, Fp8Linear::input, remember);
     const at::Tensor w8 = layer->quantise(w, Fp8Linear::weight, remember);
     context->save_for_backward({x8, w8, inverse_x, inverse_w});
+    context->saved_data["bias"] = bias.has_value();
     context->saved_data["layer"] = c10::IValue::make_capsule(c10::make_intrusive<Layer>(layer));
     return fp8::product(x8, w8, inverse_x, inverse_w, bias, w.scalar_type(), /*fast=*/true, layer->kernel());
   }
@@ -168,12 +170,12 @@ class Fp8Product : public torch::autograd::Function<Fp8Product> {
     };
     if (context->needs_input_grad(0)) result[0] = product(g8, w8.t(), saved[3]);
     if (context->needs_input_grad(1)) result[1] = product(g8.t(), x8.t(), saved[2]);
-    if (context->needs_input_grad(2)) result[2] = g.sum(0);
+    if (context->saved_data["bias"].toBool() && context->needs_input_grad(2)) result[2] = g.sum(0);
     return result;
   }
 };
 
-inline at::Tensor Fp8Linear::product(const at::Tensor& x, const at::Tensor& w, const at::Tensor& bias) {
+inline at::Tensor Fp8Linear::product(const at::Tensor& x, const at::Tensor& w, const std::optional<at::Tensor>& bias) {
   const at::Tensor rows = x.to(w.scalar_type()).reshape({-1, x.size(-1)});
   const auto self = std::static_pointer_cast<Fp8Linear>(shared_from_this());
   const at::Tensor out = Fp8Product::apply(rows, w, bias, self, at::GradMode::is_enabled());
@@ -209,7 +211,7 @@ class PrecisionPlugin<TransformerEngine<Weights>> : public detail::TruePrecision
   /// layers stay in the weights' dtype. Throws fabric::Error for a recipe that means nothing.
   static void convert_module(torch::nn::Module& module, const Options& options = {}, const World& world = {}) {
     fp8::check(options.recipe);
-    to_weights_dtype(module);
+    detail::convert_floats(module, Base::dtype);
     if (!options.replace_layers) return;
     const auto linears = detail::linears_of(module);
     const auto layers = std::make_shared<detail::Fp8Layers>(options.recipe, world);
@@ -236,25 +238,6 @@ class PrecisionPlugin<TransformerEngine<Weights>> : public detail::TruePrecision
   }
 
  private:
-  static void to_weights_dtype(torch::nn::Module& module) {
-    // Not the buffers of layers that are in FP8 already: scales need 32 bits.
-    std::vector<at::Tensor> kept;
-    for (const auto& child : module.modules(/*include_self=*/false)) {
-      if (const auto* fp8 = dynamic_cast<const detail::Fp8Linear*>(child.get())) {
-        for (const at::Tensor& buffer : fp8->buffers()) kept.push_back(buffer);
-      }
-    }
-    const at::NoGradGuard no_grad;
-    const auto convert = [&](std::vector<at::Tensor> tensors) {
-      for (at::Tensor& tensor : tensors) {
-        const bool keep = std::any_of(kept.begin(), kept.end(), [&](const at::Tensor& t) { return t.is_same(tensor); });
-        if (tensor.is_floating_point() && !keep) tensor.set_data(tensor.to(Base::dtype));
-      }
-    };
-    convert(module.parameters());
-    convert(module.buffers());
-  }
-
   static void say(const torch::nn::Module& module, const std::vector<detail::NamedLinear>& linears,
                   const std::vector<std::string>& left, const Options& options) {
     const std::string dtype(Weights::facts.name.view());
