@@ -381,7 +381,9 @@ TEST_CASE("[issue-5.5] a small network learns in FP8") {
   for (int step = 0; step < 80; ++step) {
     const int64_t at = step * 64 % 512;
     optimizer.zero_grad();
-    fabric.backward(torch::cross_entropy_loss(model(images.slice(0, at, at + 64)), labels.slice(0, at, at + 64)));
+    const at::Tensor loss =
+        torch::cross_entropy_loss(model(images.slice(0, at, at + 64)), labels.slice(0, at, at + 64));
+    fabric.backward(loss);
     optimizer.step();
   }
   const torch::NoGradGuard no_grad;
