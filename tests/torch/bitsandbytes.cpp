@@ -10,6 +10,7 @@
 #include <functional>
 #include <map>
 #include <memory>
+#include <sstream>
 #include <string>
 #include <unordered_set>
 #include <utility>
@@ -294,6 +295,22 @@ TEST_CASE("[issue-5.6] ignored layers, tied weights and what is no linear layer 
   CHECK(module.forward(torch::arange(8)).sizes() == at::IntArrayRef{8, 64});
 
   CHECK_THROWS_WITH(Nf4::convert_module(*module.norm), ContainsSubstring("has none"));
+}
+
+TEST_CASE("[issue-5.6] LibTorch's archives hold what they can, and refuse the rest") {
+  torch::nn::Sequential net(torch::nn::Linear(64, 32));
+  Int8::convert_module(*net);
+  std::stringstream archive;
+  torch::save(net, archive);
+  torch::nn::Sequential again(torch::nn::Linear(64, 32));
+  Int8::convert_module(*again);
+  torch::load(again, archive);
+  for (const auto& item : net->named_parameters()) CHECK(again->named_parameters()[item.key()].equal(item.value()));
+
+  torch::nn::Sequential packed(torch::nn::Linear(64, 32));
+  Nf4::convert_module(*packed);
+  CHECK_THROWS(torch::save(packed, archive));
+  CHECK_THROWS(packed->clone());
 }
 
 TEST_CASE("[issue-5.6] setting up again quantises nothing twice") {

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cmath>
 #include <fstream>
+#include <map>
 #include <memory>
 #include <optional>
 #include <sstream>
@@ -342,6 +343,55 @@ TEST_CASE("[issue-5.5] scales and histories go with the module's state") {
   step(resumed, 2);
   CHECK(resumed->weight.grad().equal(model->weight.grad()));
   for (const auto& item : model->named_buffers()) CHECK(resumed->named_buffers()[item.key()].equal(item.value()));
+}
+
+TEMPLATE_TEST_CASE("[issue-5.5] dtypes are those of the reference's plugin", "", BF16, F16) {
+  using Of = PrecisionPlugin<TransformerEngine<TestType>>;
+  static const std::map<std::string, at::ScalarType> types{
+      {"float16", at::kHalf}, {"bfloat16", at::kBFloat16}, {"float32", at::kFloat}, {"float64", at::kDouble},
+      {"int64", at::kLong},   {"int8", at::kChar},         {"bool", at::kBool},     {"complex64", at::kComplexFloat}};
+  const auto type = [&](const Json& name) { return types.at(name.get<std::string>()); };
+  const auto default_dtype = [] { return c10::typeMetaToScalarType(c10::get_default_dtype()); };
+  Json row;
+  for (const std::string& line : tests::gunzip_lines(FABRIC_SOURCE_DIR "/tests/oracle/data/precision.jsonl.gz")) {
+    const Json json = Json::parse(line);
+    if (json["kind"] != "plugin" || json["plugin"]["class"] != "TransformerEnginePrecision" || !json["host"].empty())
+      continue;
+    const Json& kwargs = json["plugin"]["kwargs"];
+    if (kwargs.size() == 1 && type(kwargs["weights_dtype"]["dtype"]) == Of::dtype) row = json["outcome"];
+  }
+  REQUIRE(row["ok"] == true);
+  REQUIRE(type(row["weights_dtype"]) == Of::dtype);
+
+  struct Buffers : torch::nn::Module {
+    at::Tensor weight = register_parameter("weight", torch::ones({2}));
+    at::Tensor mean = register_buffer("mean", torch::ones({2}));
+    at::Tensor count = register_buffer("count", torch::ones({2}, torch::kLong));
+  } module;
+  Of::convert_module(module);
+  CHECK(module.weight.scalar_type() == type(row["convert_module"]["param"][0]));
+  CHECK(module.mean.scalar_type() == type(row["convert_module"]["float_buffer"][0]));
+  CHECK(module.count.scalar_type() == type(row["convert_module"]["int_buffer"][0]));
+  for (const auto& [from, to] : row["convert_input"].items()) {
+    CHECK(Of::convert_input(torch::ones({2}, type(from))).scalar_type() == type(to));
+  }
+  for (const auto& [from, to] : row["convert_output"].items()) {
+    CHECK(Of::convert_output(torch::ones({2}, type(from))).scalar_type() == type(to));
+  }
+  {
+    [[maybe_unused]] const typename Of::InitContext context;
+    CHECK(default_dtype() == type(row["module_init_context"]["default"]));
+    CHECK(torch::nn::Linear(1, 1)->weight.scalar_type() == type(row["module_init_context"]["new_linear"]));
+  }
+  {
+    [[maybe_unused]] const typename Of::ForwardContext context(at::kCPU);
+    CHECK(default_dtype() == type(row["forward_context"]["default"]));
+    // The reference knows autocast on CUDA alone; here it is that of the device.
+    CHECK(at::autocast::is_autocast_enabled(at::kCPU));
+    CHECK(at::autocast::get_autocast_dtype(at::kCPU) == type(row["forward_context"]["autocast"]["cuda"]));
+  }
+  CHECK(default_dtype() == at::kFloat);
+  CHECK_FALSE(at::autocast::is_autocast_enabled(at::kCPU));
 }
 
 TEST_CASE("[issue-5.5] what FP8 cannot do is refused") {
