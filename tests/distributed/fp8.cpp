@@ -38,7 +38,8 @@ TEST_CASE("[issue-5.5] scales are made from the largest magnitudes of all ranks"
 }
 
 TEST_CASE("[issue-5.5] or of each rank alone") {
-  Fp8Ddp fabric({.devices = 2, .strategy = {.broadcast_buffers = false}, .precision = {.recipe = {.reduce_amax = false}}});
+  Fp8Ddp fabric(
+      {.devices = 2, .strategy = {.broadcast_buffers = false}, .precision = {.recipe = {.reduce_amax = false}}});
   fabric.launch();
   const auto [own, first] = scales_after_a_step(fabric);
   const auto size = static_cast<float>(fabric.global_rank() + 1);

@@ -41,8 +41,8 @@ inline at::Tensor stored_tensor(const nlohmann::json& json) {
 }
 
 /// True when this process has the settings of tests/reference/same_everywhere.py, under which LibTorch's sums are the
-/// stored ones' to the last digit. Otherwise they differ in the last one, and what is rounded to 16 bits now and then in
-/// the last of those.
+/// stored ones' to the last digit. Otherwise they differ in the last one, and what is rounded to 16 bits now and then
+/// in the last of those.
 inline bool same_kernels() {
   const char* const capability = std::getenv("ATEN_CPU_CAPABILITY");
   return capability != nullptr && std::string(capability) == "default";
