@@ -51,13 +51,14 @@ class Fabric {
  public:
   using Engine = typename Code::Engine;
   using Plugin = typename Code::Plugin;
+  using PrecisionOptions = typename detail::OptionsOf<Plugin>::type;
 
   /// What may be chosen at run time.
   struct Options {
     DevicesFlag devices{};  ///< A count, indices, -1 for all; by default all GPUs, or one process on a CPU.
     NumNodesFlag num_nodes{};
     typename Engine::Options strategy{};
-    typename detail::OptionsOf<Plugin>::type precision{};  ///< Of F16Mixed: GradScalerOptions.
+    PrecisionOptions precision{};  ///< The plugin's own, such as F16Mixed's GradScalerOptions.
     std::vector<std::shared_ptr<Logger>> loggers{};
     std::vector<std::shared_ptr<Callback>> callbacks{};
   };
@@ -74,10 +75,11 @@ class Fabric {
   explicit Fabric(const Selection& selection, Options options = {})
       : selection_(selection),
         engine_(merged(options.strategy, selection)),
+        precision_(std::move(options.precision)),
         loggers_(std::move(options.loggers)),
         callbacks_(std::move(options.callbacks)),
         device_(device_of(selection, 0)),
-        scaler_(make_scaler(options)) {
+        scaler_(make_scaler(precision_)) {
     constexpr Combination own = combination_v<Accelerator, Strategy, Precision, Environment>;
     if (!selects(selection, own)) {
       throw Error("fabric: this is a " + name_of(own) + ", but the selection says " +
@@ -353,7 +355,11 @@ class Fabric {
     if constexpr (ModuleArgument<T>) {
       auto module = detail::shared_module(std::forward<T>(argument));
       module->to(device_);
-      Plugin::convert_module(*module);
+      if constexpr (requires { Plugin::convert_module(*module, precision_, world_); }) {
+        Plugin::convert_module(*module, precision_, world_);
+      } else {
+        Plugin::convert_module(*module);
+      }
       using M = typename decltype(module)::element_type;
       FabricModule<M, Engine, Plugin> wrapped(std::move(module), device_.type());
       const KnownModule known = know(wrapped);
@@ -424,9 +430,9 @@ class Fabric {
         strangers + ". Pass their module along, or set it up first");
   }
 
-  static Scaler make_scaler(const Options& options) {
+  static Scaler make_scaler(const PrecisionOptions& options) {
     if constexpr (Plugin::has_scaler) {
-      return std::make_shared<GradScaler>(options.precision);
+      return std::make_shared<GradScaler>(options);
     } else {
       return {};
     }
@@ -453,6 +459,7 @@ class Fabric {
 
   Selection selection_;
   Engine engine_;
+  [[no_unique_address]] PrecisionOptions precision_;
   std::vector<std::shared_ptr<Logger>> loggers_;
   std::vector<std::shared_ptr<Callback>> callbacks_;
   at::Device device_;

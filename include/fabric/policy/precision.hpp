@@ -103,17 +103,23 @@ struct TransformerEngine {
       .compute = Weights::facts.parameters};
 };
 
-/// Quantised weights for linear layers (Dettmers et al., "QLoRA", NeurIPS 2023; "LLM.int8()", NeurIPS 2022).
-/// The int8 modes compute in half floats, the 4-bit ones in bfloat16.
-template <BitsandbytesMode mode>
+/// Does the mode keep 8 bits of a weight? The others keep 4.
+[[nodiscard]] constexpr bool is_int8(BitsandbytesMode mode) {
+  return mode == BitsandbytesMode::int8 || mode == BitsandbytesMode::int8_training;
+}
+
+/// Quantised weights for linear layers (Dettmers et al., "QLoRA", NeurIPS 2023; "LLM.int8()", NeurIPS 2022). Everything
+/// else is stored and computed in `Compute`: the int8 modes work in F16 only, the 4-bit ones in BF16 unless F16 is
+/// given.
+template <BitsandbytesMode mode, class Compute = std::conditional_t<is_int8(mode), F16, BF16>>
 struct Bitsandbytes {
-  static constexpr bool is_int8 = mode == BitsandbytesMode::int8 || mode == BitsandbytesMode::int8_training;
-  static constexpr Scalar dtype = is_int8 ? Scalar::f16 : Scalar::bf16;
+  static_assert(std::is_same_v<Compute, F16> || (std::is_same_v<Compute, BF16> && !is_int8(mode)),
+                "fabric: Bitsandbytes computes in F16 or BF16, and its int8 modes in F16 only");
   static constexpr PrecisionFacts facts{.name = "Bitsandbytes",
                                         .flag = "",
                                         .kind = PrecisionKind::bitsandbytes,
-                                        .parameters = dtype,
-                                        .compute = dtype,
+                                        .parameters = Compute::facts.parameters,
+                                        .compute = Compute::facts.parameters,
                                         .quantisation = mode};
 };
 

@@ -15,7 +15,8 @@ namespace fabric {
 /// - `InitContext`, default-constructible: alive while a module is made;
 /// - `has_scaler`: a `GradScaler` scales the loss before backward and unscales the gradients before they are used;
 /// and if it needs them
-/// - `Options`, default-constructible: what may be tuned at run time, as `Fabric::Options::precision`;
+/// - `Options`, default-constructible: what may be tuned at run time, as `Fabric::Options::precision`. A
+///   `convert_module(module, options, world)` takes them and the processes that train together;
 /// - `after_step()`: an optimizer has changed the weights.
 template <class P>
 class PrecisionPlugin;

@@ -18,6 +18,15 @@ struct engine_not_written_yet;
 template <class Given, class Instead>
 struct precision_not_written_yet;
 
+/// Never defined: the precision's code is in a header that fabric.hpp leaves out: include
+/// <fabric/precision/transformer_engine.hpp>, before the first use of such a Fabric.
+template <class Given>
+struct include_fabric_precision_transformer_engine_hpp;
+
+/// Never defined: likewise <fabric/precision/bitsandbytes.hpp>.
+template <class Given>
+struct include_fabric_precision_bitsandbytes_hpp;
+
 /// Never defined: the engine exists, but this program is built without NCCL. Configure with a CUDA LibTorch.
 template <class Given>
 struct built_without_nccl;
@@ -57,7 +66,13 @@ constexpr bool diagnose_engine() {
       return sizeof(engine_not_written_yet<Fabric<A, S, P, E>, use_instead<Fabric<Cpu, Ddp, F32, E>>>) != 0;
     }
   } else if constexpr (!HasPrecisionPlugin<P>) {
-    return sizeof(precision_not_written_yet<Fabric<A, S, P, E>, use_instead<Fabric<A, S, BF16Mixed, E>>>) != 0;
+    if constexpr (P::facts.kind == PrecisionKind::transformer_engine) {
+      return sizeof(include_fabric_precision_transformer_engine_hpp<Fabric<A, S, P, E>>) != 0;
+    } else if constexpr (P::facts.kind == PrecisionKind::bitsandbytes) {
+      return sizeof(include_fabric_precision_bitsandbytes_hpp<Fabric<A, S, P, E>>) != 0;
+    } else {
+      return sizeof(precision_not_written_yet<Fabric<A, S, P, E>, use_instead<Fabric<A, S, BF16Mixed, E>>>) != 0;
+    }
   } else {
     return true;
   }
