@@ -95,6 +95,17 @@ inline void sync_folder(const std::string& folder) {
   if (result != 0 && error != EINVAL) file_error("sync the folder", folder, error);  // EINVAL: it cannot be synced
 }
 
+/// Makes a folder and those that it lies in, as far as they are missing. Throws fabric::Error.
+inline void make_folder(const std::string& folder) {
+  if (mkdir(folder.c_str(), 0777) == 0 || errno == EEXIST) return;
+  const int error = errno;
+  if (error == ENOENT && folder_of(folder) != folder) {
+    make_folder(folder_of(folder));
+    if (mkdir(folder.c_str(), 0777) == 0 || errno == EEXIST) return;
+  }
+  file_error("make the folder", folder, error);
+}
+
 /// A file that is there whole or not at all: it is written under another name beside its place, brought to the disk,
 /// and only then renamed. What had the name before stays until then, and for good if anything fails.
 class DurableFile {

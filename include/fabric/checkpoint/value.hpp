@@ -109,6 +109,18 @@ class Value {
   Data data_;
 };
 
+/// A base for objects whose type is known only at run time, such as an optimizer behind a pointer to
+/// `torch::optim::Optimizer`. Others need no base to take part in checkpoints: the two members are enough.
+class Stateful {
+ public:
+  [[nodiscard]] virtual Value state_dict() const = 0;
+  /// Checks everything before it changes anything; throws fabric::Error.
+  virtual void load_state_dict(const Value& state) = 0;
+
+ protected:
+  ~Stateful() = default;
+};
+
 inline Dict::Dict(std::initializer_list<std::pair<Key, Value>> entries) : entries_(entries) { remember_places(); }
 
 inline std::size_t Dict::size() const { return entries_.size(); }

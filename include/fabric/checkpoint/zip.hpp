@@ -48,6 +48,7 @@ struct ZipRecord {
   std::string name;
   std::string_view bytes;
   std::uint32_t crc = 0;
+  bool stored = true;  ///< Not compressed.
 };
 
 /// The records of an archive in memory. Every size and place is checked against the memory, and no two records share a
@@ -73,9 +74,10 @@ class ZipReader {
     return place == places_.end() ? nullptr : &records_[place->second];
   }
 
-  /// Throws DamagedCheckpoint unless every record is what was written.
+  /// Throws DamagedCheckpoint unless every record is what was written. None may be compressed.
   void verify() const {
     for (const ZipRecord& record : records_) {
+      if (!record.stored) refuse("its record " + record.name + " is compressed, which torch.save does not do");
       if (crc32(record.bytes.data(), record.bytes.size()) == record.crc) continue;
       refuse("the checksum of its record " + record.name +
              " is wrong (a file of torch.serialization.set_crc32_options(False) has none: save it again with True)");
@@ -155,19 +157,18 @@ class ZipReader {
     record.crc = number<std::uint32_t>(place + 16);
     read_zip64(file_.substr(place + zip::central_size + name_size, extra_size), {&size, &packed, &local});
     if ((flags & 1U) != 0) refuse("its record " + record.name + " is encrypted");
-    if (method != 0 || packed != size)
-      refuse("its record " + record.name + " is compressed: torch.save stores records");
+    record.stored = method == 0 && packed == size;
     if (local > directory.place || directory.place - local < zip::local_size ||
         number<std::uint32_t>(local) != zip::local_signature || number<std::uint16_t>(local + 26) != name_size) {
       refuse("its record " + record.name + " is not where it should be");
     }
     const std::size_t start = local + zip::local_size + name_size + number<std::uint16_t>(local + 28);
-    if (start > directory.place || size > directory.place - start ||
+    if (start > directory.place || packed > directory.place - start ||
         file_.substr(local + zip::local_size, name_size) != record.name) {
       refuse("its record " + record.name + " is not where it should be");
     }
-    record.bytes = file_.substr(start, size);
-    spans_.emplace_back(local, start + size);
+    record.bytes = file_.substr(start, packed);
+    spans_.emplace_back(local, start + packed);
     records_.push_back(std::move(record));
     return next;
   }
