@@ -18,7 +18,7 @@ namespace {
 using namespace fabric;
 
 struct NetImpl : torch::nn::Module {
-  torch::nn::Linear first{register_module("first", torch::nn::Linear(6, 8))};
+  torch::nn::Linear first{register_module("first", torch::nn::Linear(torch::nn::LinearOptions(6, 8).bias(false)))};
   torch::nn::BatchNorm1d norm{register_module("norm", torch::nn::BatchNorm1d(8))};
   torch::nn::Sequential rest{
       register_module("rest", torch::nn::Sequential(torch::nn::ReLU(), torch::nn::Linear(8, 3)))};

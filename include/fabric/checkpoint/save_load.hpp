@@ -88,7 +88,7 @@ Value rest_of(const Value& saved, const S& state) {
   const auto* dict = std::get_if<Dict>(&saved.data());
   if (dict == nullptr) return {};
   std::vector<std::string> names;
-  if constexpr (std::same_as<S, State>) {
+  if constexpr (std::same_as<std::remove_const_t<S>, fabric::State>) {
     for (const auto& entry : state.entries()) names.push_back(entry.name());
   } else if constexpr (boost::hana::Struct<S>::value) {
     boost::hana::for_each(boost::hana::accessors<S>(), [&](auto member) {

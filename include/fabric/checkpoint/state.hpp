@@ -142,7 +142,7 @@ template <class T>
 [[nodiscard]] Value to_value(const T& object, const std::string& key, Ranks& ranks) {
   if constexpr (std::same_as<T, Value> || std::same_as<T, List> || std::same_as<T, Dict>) {
     return object;
-  } else if constexpr (std::same_as<T, State>) {
+  } else if constexpr (std::same_as<T, fabric::State>) {
     Dict dict;
     for (const auto& entry : object.entries()) {
       if (dict.find(entry.name()) != nullptr) throw Error("fabric: save: the state has '" + entry.name() + "' twice");
@@ -322,9 +322,7 @@ bool parse(const Value& value, T& result, const std::string& key, LoadPlan& plan
 /// Plans the loading of any object that a checkpoint can hold.
 template <class T>
 void plan_load(T& object, const Value& value, const std::string& key, LoadPlan& plan) {
-  if constexpr (std::is_const_v<T> && !std::is_pointer_v<T>) {
-    plan.problem("'" + key + "' is const here, so that nothing can be loaded into it");
-  } else if constexpr (std::same_as<T, State>) {
+  if constexpr (std::same_as<std::remove_const_t<T>, fabric::State>) {
     const auto* dict = std::get_if<Dict>(&value.data());
     if (dict == nullptr) return wrong_kind(value, "a dict", key, plan);
     for (const auto& entry : object.entries()) {
@@ -335,6 +333,8 @@ void plan_load(T& object, const Value& value, const std::string& key, LoadPlan& 
         plan.missing(name);
       }
     }
+  } else if constexpr (std::is_const_v<T>) {
+    plan.problem("'" + key + "' is const here, so that nothing can be loaded into it");
   } else if constexpr (HasRankedState<T>) {
     try {
       object.load_state_dict(value, plan.world(), /*check_only=*/true);
