@@ -304,7 +304,8 @@ class Fabric {
   }
   /// Reads what `save` wrote, or Python's `torch.save` of a dict of state_dicts, into the objects that `state` names.
   /// Everything is checked first: if the file is damaged or does not fit, it throws fabric::Error that names the first
-  /// wrong keys, and nothing is changed on any rank. With `strict` false, keys that only one side has are left out.
+  /// wrong keys, and nothing is changed on any rank. With `strict` false, keys that only one side has are left out, and
+  /// floats converted.
   template <class Io = TorchFile, class S = State>
   auto load(const std::string& path, S&& state, bool strict = true,
             std::chrono::milliseconds patience = detail::default_patience) const {

@@ -66,8 +66,8 @@ class Rows : public torch::data::datasets::BatchDataset<Rows, torch::data::Examp
 
 torch::nn::Sequential make_net() {
   torch::manual_seed(3);
-  return {torch::nn::Linear(6, 32), torch::nn::BatchNorm1d(32), torch::nn::ReLU(), torch::nn::Dropout(0.3),
-          torch::nn::Linear(32, 1)};
+  return torch::nn::Sequential(torch::nn::Linear(6, 32), torch::nn::BatchNorm1d(32), torch::nn::ReLU(),
+                               torch::nn::Dropout(0.3), torch::nn::Linear(32, 1));
 }
 
 /// A number that says each bit.

@@ -112,14 +112,16 @@ namespace detail {
   return text.str();
 }
 
-/// Does `value` hold a tensor of the shape and dtype of `own`? If not, that is a problem of the plan.
+/// Does `value` hold a tensor of the shape and dtype of `own`? If not, that is a problem of the plan. Unless the plan
+/// is strict, floating-point numbers may be of another dtype: they are converted.
 inline bool check_tensor(const at::Tensor& own, const Value& value, const std::string& key, LoadPlan& plan) {
   const auto* tensor = std::get_if<at::Tensor>(&value.data());
   if (tensor == nullptr) {
     plan.problem("'" + key + "' is " + std::string(value.kind()) + " in it, and a tensor here");
     return false;
   }
-  if (tensor->sizes() == own.sizes() && tensor->scalar_type() == own.scalar_type()) return true;
+  const bool converts = !plan.strict() && tensor->is_floating_point() && own.is_floating_point();
+  if (tensor->sizes() == own.sizes() && (converts || tensor->scalar_type() == own.scalar_type())) return true;
   plan.problem("'" + key + "' is " + shape_text(*tensor) + " in it, and " + shape_text(own) + " here");
   return false;
 }

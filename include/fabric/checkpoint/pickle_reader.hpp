@@ -14,7 +14,7 @@
 #include <variant>
 #include <vector>
 
-#include <torch/torch.h>
+#include <ATen/ATen.h>
 
 #include "fabric/checkpoint/dtypes.hpp"
 #include "fabric/checkpoint/utf8.hpp"

@@ -13,8 +13,8 @@
 #include <variant>
 #include <vector>
 
+#include <ATen/ATen.h>
 #include <c10/util/strides.h>
-#include <torch/torch.h>
 
 #include "fabric/checkpoint/crc32.hpp"
 #include "fabric/checkpoint/dtypes.hpp"

@@ -10,7 +10,7 @@
 #include <unordered_map>
 #include <utility>
 
-#include <torch/torch.h>
+#include <ATen/ATen.h>
 
 #include "fabric/checkpoint/file.hpp"
 #include "fabric/checkpoint/json.hpp"
