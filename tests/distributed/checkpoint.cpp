@@ -90,9 +90,8 @@ int train(F& fabric) {
   RandomState random;
   std::int64_t step = 0;
   double sum = 0;
-  const State state{{"model", model},   {"optimizer", optimizer}, {"scheduler", scheduler},
-                    {"loader", loader}, {"random", random},       {"step", step},
-                    {"sum", sum}};
+  const State state{{"model", model},   {"optimizer", optimizer}, {"scheduler", scheduler}, {"loader", loader},
+                    {"random", random}, {"step", step},           {"sum", PerRank(sum)}};
   Checkpoints checkpoints(fabric, {.folder = setting("CKPT_FOLDER"), .asynchronous = setting("CKPT_ASYNC") == "1"});
   if (const auto loaded = checkpoints.load_latest(state)) fabric.print("resumed at ", step);
   const std::string die_at = setting("CKPT_DIE_AT");

@@ -47,9 +47,8 @@ class RandomState {
                   ", and this job runs on the other");
     }
     if (check_only) {
-      // A generator of the same kind says whether it can take it.
-      generator(at::kCPU).clone().set_state(cpu);
-      if (device.defined()) generator(world.device).clone().set_state(device);
+      check(at::kCPU, cpu);
+      if (device.defined()) check(world.device, device);
       return;
     }
     set(at::kCPU, cpu);
@@ -68,6 +67,14 @@ class RandomState {
     std::memcpy(tensor.mutable_data_ptr(), bytes.data(), bytes.size());
     return tensor;
   }
+  /// A generator of the same kind says whether it can take a state.
+  static void check(at::Device device, const at::Tensor& state) {
+    try {
+      generator(device).clone().set_state(state);
+    } catch (const c10::Error& error) {
+      throw Error(std::string("fabric: it is no state of random numbers: ") + error.what_without_backtrace());
+    }
+  }
   static void set(at::Device device, const at::Tensor& state) {
     at::Generator own = generator(device);
     const std::lock_guard lock(own.mutex());
@@ -76,10 +83,7 @@ class RandomState {
 
   static at::Tensor part_of(const Dict& dict, const char* kind, const World& world) {
     const auto& parts = dict.at(kind).as<List>(kind).items;
-    if (parts.size() != static_cast<std::size_t>(world.size)) {
-      throw Error("fabric: it was saved by " + std::to_string(parts.size()) + " ranks, and this job has " +
-                  std::to_string(world.size) + ": resume on as many, or load with strict = false to leave it out");
-    }
+    detail::check_ranks(parts.size(), world);
     const Value& own = parts[static_cast<std::size_t>(world.global_rank)];
     return own.is_none() ? at::Tensor() : own.as<at::Tensor>(kind);
   }

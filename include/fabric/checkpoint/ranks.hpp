@@ -2,6 +2,7 @@
 #pragma once
 
 #include <chrono>
+#include <cstddef>
 #include <cstdint>
 #include <exception>
 #include <string>
@@ -154,4 +155,14 @@ class Ranks {
   std::uint64_t step_ = 0;
 };
 
+namespace detail {
+
+/// Throws unless something that differs by rank was saved by as many ranks as there are.
+inline void check_ranks(std::size_t saved, const World& world) {
+  if (saved == static_cast<std::size_t>(world.size)) return;
+  throw Error("fabric: it was saved by " + std::to_string(saved) + " ranks, and this job has " +
+              std::to_string(world.size) + ": resume on as many, or load with strict = false to leave it out");
+}
+
+}  // namespace detail
 }  // namespace fabric
