@@ -7,6 +7,7 @@
 // expect: setup_dataloader takes a dataset, not a loader: a loader's sampler cannot be made to deal rows to ranks
 // expect: no matching .*no_backward_sync
 // expect: cannot look for tensors in this type: .* adapt the type with BOOST_HANA_ADAPT_STRUCT
+// expect: save and load need #include .*fabric/checkpoint.hpp
 #include <boost/hana/adapt_struct.hpp>
 #include <fabric/fabric.hpp>
 
@@ -41,5 +42,6 @@ void use(OnCpu& fabric, Net& net, Dataset& dataset, Opaque& opaque) {
   auto loader = fabric.setup_dataloader(*torch::data::make_data_loader(dataset, 2), {.batch_size = 2});
   auto guard = fabric.no_backward_sync(net);
   opaque = fabric.all_reduce(opaque);
+  fabric.save("x.pt", 1);
 }
 #endif

@@ -15,6 +15,7 @@
 #include <vector>
 
 #include <ATen/ATen.h>
+#include <c10/core/GradMode.h>
 
 #include "fabric/checkpoint/dtypes.hpp"
 #include "fabric/checkpoint/utf8.hpp"
@@ -416,7 +417,7 @@ class PickleReader {
       refuse("a tensor in it is a lazy conjugate or negative: save it with resolve_conj() and resolve_neg()");
     }
     check_inside(offset, sizes, strides, static_cast<std::int64_t>(storage.nbytes() / c10::elementSize(dtype)));
-    const at::NoGradGuard no_grad;
+    const c10::NoGradGuard no_grad;
     return at::empty({0}, at::TensorOptions(dtype)).set_(storage, offset, sizes, strides);
   }
 

@@ -14,6 +14,7 @@
 #include <vector>
 
 #include <ATen/ATen.h>
+#include <c10/core/GradMode.h>
 #include <c10/util/strides.h>
 
 #include "fabric/checkpoint/crc32.hpp"
@@ -243,7 +244,7 @@ struct SafetensorsFile {
     if (!fits || static_cast<std::uint64_t>(bytes) != size)
       refuse("its tensor " + name + " has another size than its shape");
     spans.emplace_back(start, start + size);
-    const at::NoGradGuard no_grad;
+    const c10::NoGradGuard no_grad;
     const at::Tensor tensor = at::empty({0}, at::TensorOptions(dtype->dtype));
     return tensor.set_(detail::storage_in(file, data.substr(start, size)), 0, shape, c10::contiguous_strides(shape));
   }
