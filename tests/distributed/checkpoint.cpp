@@ -260,10 +260,12 @@ void goes_on(const std::string& name, std::size_t ranks, const std::string& asyn
   const int resumed_code = resumed.wait();
   INFO(resumed.output());
   REQUIRE(resumed_code == 0);
-  REQUIRE(lines(resumed.output(), "resumed at 10").size() == 1);
+  // An asynchronous write of step 10 may have been killed with the rest.
+  const bool from_10 = lines(resumed.output(), "resumed at 10").size() == 1;
+  REQUIRE((from_10 || (asynchronous == "1" && lines(resumed.output(), "resumed at 5").size() == 1)));
   auto expected = lines(whole.output(), "step ");
   const auto got = lines(resumed.output(), "step ");
-  CHECK(got.size() == 10);
+  CHECK(got.size() == (from_10 ? 10 : 15));
   for (const auto& line : got) CHECK(std::find(expected.begin(), expected.end(), line) != expected.end());
   CHECK(lines(resumed.output(), "rank ") == lines(whole.output(), "rank "));
 }

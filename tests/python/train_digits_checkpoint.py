@@ -20,7 +20,8 @@ from torch import nn
 PROGRAM = os.path.join(os.environ["FABRIC_BIN"], "train_digits")
 KILLS = int(os.environ.get("FABRIC_SOAK", "6"))
 ENVIRONMENT = dict(os.environ, OMP_NUM_THREADS="1")
-COMMON = ["--accelerator", "cpu", "--epochs", "2", "--batch-size", "32", "--seed", "3"]
+COMMON = ["--accelerator", "cpu", "--batch-size", "32", "--seed", "3"]
+LONG, SHORT = ["--epochs", "2"], ["--epochs", "1"]
 TWO = ["--strategy", "ddp", "--devices", "2"]
 
 
@@ -55,10 +56,10 @@ def losses(path):
 
 def survives_kills(folder, devices):
     log, part = os.path.join(folder, "whole.csv"), os.path.join(folder, "part.csv")
-    expected = run("--log", log, *devices)
+    expected = run(*LONG, "--log", log, *devices)
     whole = losses(log)
     save = os.path.join(folder, "run")
-    arguments = ["--save", save, "--checkpoint-every", "3", "--resume", "--log", part, *devices]
+    arguments = ["--save", save, "--checkpoint-every", "3", "--resume", "--log", part, *LONG, *devices]
     killed, read = 0, 0
     began = time.monotonic()
     while killed < KILLS:
@@ -81,11 +82,11 @@ def crosses_the_border(folder):
     torch.manual_seed(17)
     net = DigitNet()
     torch.save(net.state_dict(), init)
-    run("--epochs", "1", "--init", init, "--save-init", saved)
+    run(*SHORT, "--init", init, "--save-init", saved)
     for key, value in torch.load(saved, weights_only=True).items():
         assert torch.equal(value, net.state_dict()[key]), key
     DigitNet().load_state_dict(torch.load(saved, weights_only=True))
-    run("--epochs", "1", "--precision", "bf16-true", "--lr", "1e-4", "--eps", "1e-4", "--init", init)
+    run(*SHORT, "--precision", "bf16-true", "--lr", "1e-4", "--eps", "1e-4", "--init", init)
     del net.logits
     torch.save(net.state_dict(), init)
     process = subprocess.run([PROGRAM, *COMMON, "--init", init], env=ENVIRONMENT, capture_output=True, text=True)
