@@ -207,6 +207,22 @@ TEST_CASE("[issue-7.1] what no file can hold is refused by its key") {
                     ContainsSubstring("'x'") && ContainsSubstring("complex128"));
 }
 
+TEST_CASE("[issue-7.2] the checksum is that of zip files, however it is computed and cut") {
+  using fabric::detail::crc32;
+  CHECK(crc32("123456789", 9) == 0xCBF43926);
+  std::string text;
+  for (int i = 0; i < 1000; ++i) text += static_cast<char>(i * i * 7 + i / 3);
+  const auto by_tables = [](const char* data, std::size_t size) {
+    return ~fabric::detail::crc32_by_tables(reinterpret_cast<const unsigned char*>(data), size, ~std::uint32_t{0});
+  };
+  for (std::size_t size = 0; size <= text.size(); ++size) {
+    const std::uint32_t whole = by_tables(text.data(), size);
+    REQUIRE(crc32(text.data(), size) == whole);
+    const std::size_t part = size / 3;
+    REQUIRE(crc32(text.data() + part, size - part, crc32(text.data(), part)) == whole);
+  }
+}
+
 TEST_CASE("[issue-7.3] a file cut short anywhere is refused") {
   const Value state = small_state();
   const auto cut = [](const std::string& bytes, const auto& attempt) { every_truncation(bytes, attempt); };
