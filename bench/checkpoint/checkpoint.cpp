@@ -12,6 +12,8 @@
 #include <exception>
 #include <filesystem>
 #include <fstream>
+#include <functional>
+#include <map>
 #include <memory>
 #include <stdexcept>
 #include <string>
@@ -78,10 +80,6 @@ std::unique_ptr<Program> start_python(std::size_t tensors, std::size_t elements)
   }
 }
 
-struct Times {
-  Samples save, safetensors, async_blocked, dd, python_save, load, python_load, python_load_mmap;
-};
-
 void run(const Arguments& arguments) {
   const std::size_t tensors = 50;
   const std::size_t elements = (arguments.quick ? 50'000 : 2'500'000);
@@ -102,48 +100,49 @@ void run(const Arguments& arguments) {
   }
   const auto python = start_python(tensors, elements);
 
-  Times times;
-  const int rounds = arguments.quick ? 2 : 7;
-  for (int round = 0; round < rounds; ++round) {
-    const double dd = dd_seconds(folder / "dd", bytes >> 20U);
-    const double save = seconds([&] { fabric.save(path, state); });
-    const double safetensors =
-        seconds([&] { fabric.save<fabric::SafetensorsFile>(folder / "ours.safetensors", state); });
-    double blocked = 0;
-    {
-      fabric::Checkpoints checkpoints(fabric, {.folder = folder / "async", .keep = 1, .asynchronous = true});
-      blocked = seconds([&] { checkpoints.save(round, state); });
-      checkpoints.close();
+  // Each round begins with another one, since a disk may tire of what came just before.
+  enum Contestant { save, safetensors, background, dd, python_save, load, python_load, python_load_mmap, contestants };
+  const auto measured = [&](int which, int round) -> double {
+    switch (which) {
+      case save: return seconds([&] { fabric.save(path, state); });
+      case safetensors:
+        return seconds([&] { fabric.save<fabric::SafetensorsFile>(folder / "ours.safetensors", state); });
+      case background: {
+        fabric::Checkpoints checkpoints(fabric, {.folder = folder / "async", .keep = 1, .asynchronous = true});
+        const double blocked = seconds([&] { checkpoints.save(round, state); });
+        checkpoints.close();
+        return blocked;
+      }
+      case dd: return dd_seconds(folder / "dd", bytes >> 20U);
+      case load: return seconds([&] { fabric.load(path, state); });
+      default: break;
     }
-    const double load = seconds([&] { fabric.load(path, state); });
-    double python_times[3] = {};
-    if (python != nullptr) {
-      const char* commands[] = {"save", "load", "load_mmap"};
-      for (int i = 0; i < 3; ++i) python_times[i] = std::stod(python->ask(std::string(commands[i]) + " " + path));
+    const char* command = which == python_save ? "save" : which == python_load ? "load" : "load_mmap";
+    return std::stod(python->ask(std::string(command) + " " + path));
+  };
+  fabric.save(path, state);
+  Samples times[contestants];
+  const int rounds = arguments.quick ? 2 : contestants;
+  for (int round = -1; round < rounds; ++round) {  // the first one warms up
+    for (int turn = 0; turn < contestants; ++turn) {
+      const int which = (round + 1 + turn * 3) % contestants;  // so that the saves do not follow each other
+      if (python == nullptr && (which == python_save || which == python_load || which == python_load_mmap)) continue;
+      const double time = measured(which, round + 1);
+      if (round >= 0) times[which].add(time);
     }
-    if (round == 0) continue;  // warms up
-    times.dd.add(dd);
-    times.save.add(save);
-    times.safetensors.add(safetensors);
-    times.async_blocked.add(blocked);
-    times.load.add(load);
-    if (python == nullptr) continue;
-    times.python_save.add(python_times[0]);
-    times.python_load.add(python_times[1]);
-    times.python_load_mmap.add(python_times[2]);
   }
 
   Report report;
   const std::string size = fmt::format("{} MB", bytes / 1'000'000);
-  report.add({"save " + size, "s", times.save, times.dd, "dd conv=fsync"});
-  report.add({"save safetensors " + size, "s", times.safetensors, times.dd, "dd conv=fsync"});
-  report.add({"asynchronous save, until it returns " + size, "s", times.async_blocked, times.dd, "dd conv=fsync"});
+  report.add({"save " + size, "s", times[save], times[dd], "dd conv=fsync"});
+  report.add({"save safetensors " + size, "s", times[safetensors], times[dd], "dd conv=fsync"});
+  report.add({"asynchronous save, until it returns " + size, "s", times[background], times[dd], "dd conv=fsync"});
   if (python != nullptr) {
-    report.add({"save " + size, "s", times.save, times.python_save, "Python torch.save and fsync"});
-    report.add({"load " + size, "s", times.load, times.python_load, "Python torch.load and copy"});
-    report.add({"load " + size, "s", times.load, times.python_load_mmap, "Python torch.load(mmap=True) and copy"});
+    report.add({"save " + size, "s", times[save], times[python_save], "Python torch.save and fsync"});
+    report.add({"load " + size, "s", times[load], times[python_load], "Python torch.load and copy"});
+    report.add({"load " + size, "s", times[load], times[python_load_mmap], "Python torch.load(mmap=True) and copy"});
   } else {
-    report.add({"load " + size, "s", times.load, {}, ""});
+    report.add({"load " + size, "s", times[load], {}, ""});
   }
   const double mb = static_cast<double>(bytes) / 1e6;
   report.add(
