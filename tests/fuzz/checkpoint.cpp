@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // torch
 //
-// One byte: what the rest is. A whole file of torch.save or safetensors, a pickle in a sound archive (so that the fuzzer
-// need not find checksums), or JSON. Whatever it is, it is read or refused, in little memory and time.
+// One byte: what the rest is. A whole file of torch.save or safetensors, a pickle in a sound archive (so that the
+// fuzzer need not find checksums), or JSON. Whatever it is, it is read or refused, in little memory and time.
 #include <memory>
 #include <string>
 

@@ -16,9 +16,9 @@
 #include "fabric/checkpoint/crc32.hpp"
 #include "fabric/checkpoint/file.hpp"
 
-/// Zip archives of stored records, which is what `torch.save` writes: reading one from memory, and writing one. Not
-/// LibTorch's own PyTorchStreamReader, which allocates what the archive says before it looks whether that is there and
-/// takes records that lie over one another.
+/// Zip archives of stored records, which is what `torch.save` writes: reading one from memory, and writing one. Not by
+/// LibTorch's PyTorchStreamReader, which is built without the comparison of checksums: a flipped bit comes through it,
+/// here as in `torch.load`.
 namespace fabric::detail {
 
 /// A number that a file holds, little-endian.
