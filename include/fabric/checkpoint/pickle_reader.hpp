@@ -180,8 +180,8 @@ class PickleReader {
       case 'X': push_text(take(number<std::uint32_t>())); return true;
       case 0x8C: push_text(take(number<std::uint8_t>())); return true;
       case 0x8D: push_text(take(number<std::uint64_t>())); return true;
+      case 0x8F:  // a set
       case ']': push_items(Kind::list, {}); return true;
-      case 0x8F: push_items(Kind::list, {}); return true;  // a set
       case '}': push_items(Kind::dict, {}); return true;
       case ')': push_items(Kind::tuple, {}); return true;
       case 't': push_items(Kind::tuple, pop_to_mark()); return true;

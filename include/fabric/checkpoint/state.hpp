@@ -97,20 +97,16 @@ concept GrowingList = ListLike<T> && requires(T& list, typename T::value_type va
 /// Made of numbers, texts and tensors alone, so that it can be built from a checkpoint before anything changes.
 template <class T>
 constexpr bool is_data() {
-  if constexpr (std::is_arithmetic_v<T> || std::is_enum_v<T> || PlainText<T> || std::same_as<T, at::Tensor> ||
-                std::same_as<T, Value> || std::same_as<T, List> || std::same_as<T, Dict>) {
-    return true;
-  } else if constexpr (HasStateDict<T> || HasRankedState<T> || ModuleArgument<T> || OptimizerArgument<T> ||
-                       WrapsModule<T> || WrapsOptimizer<T> || PointerLike<T> || is_reference_wrapper<T>) {
+  if constexpr (HasStateDict<T> || HasRankedState<T> || ModuleArgument<T> || OptimizerArgument<T> || WrapsModule<T> ||
+                WrapsOptimizer<T> || PointerLike<T> || is_reference_wrapper<T>) {
     return false;
   } else if constexpr (MapLike<T>) {
     return is_data<typename T::mapped_type>();
-  } else if constexpr (ListLike<T>) {
-    return is_data<typename T::value_type>();
-  } else if constexpr (tree::OptionalLike<T>) {
+  } else if constexpr (ListLike<T> || tree::OptionalLike<T>) {
     return is_data<typename T::value_type>();
   } else {
-    return false;
+    return std::is_arithmetic_v<T> || std::is_enum_v<T> || PlainText<T> || std::same_as<T, at::Tensor> ||
+           std::same_as<T, Value> || std::same_as<T, List> || std::same_as<T, Dict>;
   }
 }
 
@@ -140,7 +136,7 @@ struct SchedulerAccess : torch::optim::LRScheduler {
 /// The state of any object that a checkpoint can hold. Tensors are shared with the object.
 template <class T>
 [[nodiscard]] Value to_value(const T& object, const std::string& key, Ranks& ranks) {
-  if constexpr (std::same_as<T, Value> || std::same_as<T, List> || std::same_as<T, Dict>) {
+  if constexpr (std::same_as<T, Value> || std::same_as<T, List> || std::same_as<T, Dict> || std::same_as<T, bool>) {
     return object;
   } else if constexpr (std::same_as<T, fabric::State>) {
     Dict dict;
@@ -171,8 +167,6 @@ template <class T>
     for (const double rate : SchedulerAccess::rates(scheduler)) rates.items.emplace_back(rate);
     const std::int64_t steps = SchedulerAccess::steps(scheduler);
     return Dict{{"last_epoch", steps}, {"_step_count", steps + 1}, {"_last_lr", std::move(rates)}};
-  } else if constexpr (std::same_as<T, bool>) {
-    return object;
   } else if constexpr (std::is_integral_v<T> || std::is_enum_v<T>) {
     return static_cast<std::int64_t>(object);
   } else if constexpr (std::is_floating_point_v<T>) {

@@ -32,7 +32,8 @@ namespace detail {
 /// Storage of bytes that lie in `file`, without a copy where the processor can read them there.
 [[nodiscard]] inline at::Storage storage_in(const Bytes& file, std::string_view bytes) {
   if (reinterpret_cast<std::uintptr_t>(bytes.data()) % alignof(std::max_align_t) != 0 || bytes.empty()) {
-    at::Storage copy(at::Storage::use_byte_size_t(), bytes.size(), c10::GetAllocator(at::kCPU), /*resizable=*/false);
+    at::Storage copy(at::Storage::use_byte_size_t(), static_cast<std::int64_t>(bytes.size()),
+                     c10::GetAllocator(at::kCPU), /*resizable=*/false);
     if (!bytes.empty()) std::memcpy(copy.mutable_data(), bytes.data(), bytes.size());
     return copy;
   }
@@ -40,7 +41,8 @@ namespace detail {
   at::DataPtr data(
       file.data + (bytes.data() - file.data), owner,
       [](void* shared) { delete static_cast<std::shared_ptr<void>*>(shared); }, at::kCPU);
-  return {at::Storage::use_byte_size_t(), bytes.size(), std::move(data), nullptr, /*resizable=*/false};
+  return {at::Storage::use_byte_size_t(), bytes.size(), std::move(data), nullptr,
+          /*resizable=*/false};
 }
 
 /// The bytes of a storage in the memory of the processor.
