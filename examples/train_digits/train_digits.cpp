@@ -7,11 +7,13 @@
 #include <exception>
 #include <iostream>
 #include <memory>
+#include <optional>
 #include <string>
 #include <type_traits>
 #include <vector>
 
 #include <CLI/CLI.hpp>
+#include <fabric/checkpoint.hpp>
 #include <fabric/fabric.hpp>
 #include <fabric/precision/transformer_engine.hpp>
 #include <fmt/format.h>
@@ -35,6 +37,11 @@ struct Arguments {
   std::string log;
   std::string data = FABRIC_SOURCE_DIR "/examples/data/digits.csv";
   bool no_shuffle = false;
+  std::string save;  // a folder
+  bool resume = false;
+  std::int64_t checkpoint_every = 0;
+  std::string init;
+  std::string save_init;
 };
 
 /// What this program can run on. Each combination is compiled once, all others are refused by name.
@@ -76,6 +83,12 @@ void train(F& fabric, const Arguments& arguments) {
   fabric.launch();
   seed_everything(arguments.seed);
   auto net = fabric.init_module([] { return DigitNet(); });
+  if (!arguments.init.empty()) {
+    // Not strict: the weights may be of another precision. But all of them must be there.
+    const auto loaded = fabric.load(arguments.init, net, /*strict=*/false);
+    if (!loaded.missing.empty()) throw Error("--init: " + arguments.init + " has no " + loaded.missing[0]);
+  }
+  if (!arguments.save_init.empty()) fabric.save(arguments.save_init, net);
   auto [model, optimizer] = fabric.setup(net, make_optimizer(arguments, net->parameters()));
   auto loader = fabric.setup_dataloader(
       Digits(arguments.data, Part::training),
@@ -84,7 +97,14 @@ void train(F& fabric, const Arguments& arguments) {
   const auto images_per_epoch = loader.rows() * static_cast<std::size_t>(fabric.world_size());
   Progress progress(fabric.is_global_zero(), arguments.epochs, loader.size(), images_per_epoch);
   std::int64_t step = 0;
-  for (int epoch = 0; epoch < arguments.epochs; ++epoch) {
+  int epoch = 0;
+  RandomState random;
+  const State state{{"model", model},   {"optimizer", optimizer}, {"loader", loader},
+                    {"random", random}, {"step", step},           {"epoch", epoch}};
+  std::optional<Checkpoints<F>> checkpoints;
+  if (!arguments.save.empty()) checkpoints.emplace(fabric, CheckpointsOptions{.folder = arguments.save});
+  if (arguments.resume && checkpoints->load_latest(state)) fabric.print("resumed after step ", step);
+  for (; epoch < arguments.epochs; ++epoch) {
     progress.begin_epoch();
     at::Tensor loss;
     for (auto& batch : loader) {
@@ -94,9 +114,13 @@ void train(F& fabric, const Arguments& arguments) {
       optimizer.step();
       fabric.log("loss", loss, step++);
       progress.step();
+      if (checkpoints && arguments.checkpoint_every > 0 && step % arguments.checkpoint_every == 0) {
+        checkpoints->save(step, state);
+      }
     }
-    progress.end_epoch(epoch, loss.item<double>());
+    if (loss.defined()) progress.end_epoch(epoch, loss.item<double>());  // else all of it was done before a resume
   }
+  if (checkpoints) checkpoints->save(step, state);
   fabric.print(fmt::format("accuracy={:.4f}", accuracy(fabric, model, arguments)));
 }
 
@@ -153,6 +177,13 @@ int main(int argc, char** argv) try {
       ->check(CLI::IsMember({"adamw", "sgd", "adam"}));
   app.add_option("--log", arguments.log, "CSV file for the loss of each step");
   app.add_option("--data", arguments.data)->capture_default_str()->check(CLI::ExistingFile);
+  app.add_option("--init", arguments.init, "start from these weights: a state_dict saved by Python or by --save-init")
+      ->check(CLI::ExistingFile);
+  app.add_option("--save-init", arguments.save_init, "write the weights that training starts from");
+  auto* save = app.add_option("--save", arguments.save, "folder for checkpoints; the newest is latest");
+  app.add_option("--checkpoint-every", arguments.checkpoint_every, "steps; by default only at the end")
+      ->check(CLI::PositiveNumber);
+  app.add_flag("--resume", arguments.resume, "go on from the newest checkpoint, if there is one")->needs(save);
   app.add_flag("--no-shuffle", arguments.no_shuffle, "the same order in each epoch");
   bool explained = false;
   app.add_flag("--explain", explained, "say what the flags come down to, and stop");

@@ -2,9 +2,11 @@
 #pragma once
 
 #include <algorithm>
+#include <chrono>
 #include <cstdint>
 #include <cstdio>
 #include <functional>
+#include <map>
 #include <memory>
 #include <optional>
 #include <sstream>
@@ -37,6 +39,27 @@
 #include "fabric/tree.hpp"
 
 namespace fabric {
+
+// What fabric/checkpoint.hpp defines.
+class State;
+class Value;
+struct TorchFile;
+/// What of an object is saved: for a name in the state, which of its keys. `{{"model", keep}}` with
+/// `bool keep(const std::string& key, const Value&)` leaves out the model's parameters for which it returns false.
+using Filter = std::map<std::string, std::function<bool(const std::string& key, const Value& value)>>;
+
+namespace detail {
+
+template <class Io>
+struct Checkpointing;
+template <class Io>
+inline constexpr bool has_checkpoints = requires {
+  sizeof(Checkpointing<Io>);
+};
+/// How long a rank waits for the others to come to the same save or load.
+inline constexpr std::chrono::milliseconds default_patience = std::chrono::minutes(5);
+
+}  // namespace detail
 
 /// Runs a training loop on an accelerator, by a strategy, in a precision, in an environment, all named as types. The
 /// loop is the user's own: it calls `setup` on its modules and optimizers and `backward` on its loss, and the types do
@@ -280,6 +303,32 @@ class Fabric {
     for (const auto& callback : callbacks_) {
       if (auto* hooks = dynamic_cast<Hooks*>(callback.get())) (hooks->*hook)(arguments...);
     }
+  }
+
+  /// Writes modules, optimizers, tensors, numbers and more into one file, which is there whole or not at all and which
+  /// Python's `torch.load(path, weights_only=True)` reads. All ranks call it; rank 0 writes. `state` names what is
+  /// saved: `fabric.save("last.pt", {{"model", model}, {"optimizer", optimizer}, {"epoch", epoch}})`, or it is a struct
+  /// adapted with BOOST_HANA_ADAPT_STRUCT. `filter` leaves out keys; see fabric::Filter. `Io` is the format.
+  ///
+  /// Needs fabric/checkpoint.hpp. Throws fabric::Error on all ranks when one of them cannot do it or does not come
+  /// within `patience`; what the file held before is then left as it is.
+  template <class Io = TorchFile, class S = State>
+  void save(const std::string& path, const S& state, const Filter& filter = {},
+            std::chrono::milliseconds patience = detail::default_patience) const {
+    static_assert(detail::has_checkpoints<Io>, "fabric: save and load need #include \"fabric/checkpoint.hpp\"");
+    require_launch("save");
+    detail::Checkpointing<Io>::save(*this, path, state, filter, patience);
+  }
+  /// Reads what `save` wrote, or Python's `torch.save` of a dict of state_dicts, into the objects that `state` names.
+  /// Everything is checked first: if the file is damaged or does not fit, it throws fabric::Error that names the first
+  /// wrong keys, and nothing is changed on any rank. With `strict` false, keys that only one side has are left out, and
+  /// floats converted.
+  template <class Io = TorchFile, class S = State>
+  auto load(const std::string& path, S&& state, bool strict = true,
+            std::chrono::milliseconds patience = detail::default_patience) const {
+    static_assert(detail::has_checkpoints<Io>, "fabric: save and load need #include \"fabric/checkpoint.hpp\"");
+    require_launch("load");
+    return detail::Checkpointing<Io>::load(*this, path, state, strict, patience);
   }
 
   /// Waits for all ranks.

@@ -9,6 +9,7 @@
 // expect: cannot look for tensors in this type: .* adapt the type with BOOST_HANA_ADAPT_STRUCT
 // expect: an optimizer that evaluates the loss itself would use scaled gradients: use BF16Mixed or F32
 // expect: cannot see the members of this structure; adapt it with BOOST_HANA_ADAPT_STRUCT
+// expect: save and load need #include .*fabric/checkpoint.hpp
 #include <boost/hana/adapt_struct.hpp>
 #include <fabric/fabric.hpp>
 
@@ -62,5 +63,6 @@ void use(OnCpu& fabric, Net& net, Dataset& dataset, Opaque& opaque) {
   static_cast<void>(fabric.all_reduce(Hidden{opaque.hidden}));
   fabric::Fabric<fabric::Cpu, fabric::SingleDevice, Scaled> scaled;
   scaled.setup(torch::optim::LBFGS(net->parameters())).step([] { return at::Tensor(); });
+  fabric.save("x.pt", 1);
 }
 #endif

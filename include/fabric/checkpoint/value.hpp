@@ -6,6 +6,7 @@
 #include <string_view>
 #include <tuple>
 #include <type_traits>
+#include <unordered_map>
 #include <utility>
 #include <variant>
 #include <vector>
@@ -47,8 +48,17 @@ class Dict {
   [[nodiscard]] auto end() { return entries_.end(); }
 
  private:
+  void remember_places();
+
   std::vector<std::pair<Key, Value>> entries_;
+  std::unordered_map<Key, std::size_t> places_;  // of a dict that is too long to search
 };
+
+/// How a message names a key.
+[[nodiscard]] inline std::string to_text(const Dict::Key& key) {
+  return std::holds_alternative<std::string>(key) ? std::get<std::string>(key)
+                                                  : std::to_string(std::get<std::int64_t>(key));
+}
 
 /// What a checkpoint is made of: a tree of tensors, numbers and texts in the shape that Python's `state_dict`s have.
 /// An object takes part in checkpoints by two members, as in Python: `Value state_dict() const` and
@@ -100,11 +110,33 @@ class Value {
   Data data_;
 };
 
-inline Dict::Dict(std::initializer_list<std::pair<Key, Value>> entries) : entries_(entries) {}
+/// A base for objects whose type is known only at run time, such as an optimizer behind a pointer to
+/// `torch::optim::Optimizer`. Others need no base to take part in checkpoints: the two members are enough.
+class Stateful {
+ public:
+  [[nodiscard]] virtual Value state_dict() const = 0;
+  /// Checks everything before it changes anything; throws fabric::Error.
+  virtual void load_state_dict(const Value& state) = 0;
+
+ protected:
+  ~Stateful() = default;
+};
+
+inline Dict::Dict(std::initializer_list<std::pair<Key, Value>> entries) : entries_(entries) { remember_places(); }
 
 inline std::size_t Dict::size() const { return entries_.size(); }
 
+inline void Dict::remember_places() {
+  constexpr std::size_t searched = 16;  // up to here looking is faster than hashing
+  if (entries_.size() <= searched) return;
+  for (std::size_t i = places_.size(); i < entries_.size(); ++i) places_.emplace(entries_[i].first, i);
+}
+
 inline Value* Dict::find(const Key& key) {
+  if (!places_.empty()) {
+    const auto place = places_.find(key);
+    return place == places_.end() ? nullptr : &entries_[place->second].second;
+  }
   for (auto& [own, value] : entries_) {
     if (own == key) return &value;
   }
@@ -115,18 +147,16 @@ inline const Value* Dict::find(const Key& key) const { return const_cast<Dict*>(
 inline Value& Dict::operator[](const Key& key) {
   if (Value* value = find(key)) return *value;
   // In place: g++ 12 takes moving an empty variant for a read of what is in none of its alternatives.
-  return entries_.emplace_back(std::piecewise_construct, std::tuple(key), std::tuple<>()).second;
+  entries_.emplace_back(std::piecewise_construct, std::tuple(key), std::tuple<>());
+  remember_places();
+  return entries_.back().second;
 }
 
 inline const Value& Dict::at(const Key& key) const {
   if (const Value* value = find(key)) return *value;
-  const auto text = [](const Key& any) {
-    return std::holds_alternative<std::string>(any) ? std::get<std::string>(any)
-                                                    : std::to_string(std::get<std::int64_t>(any));
-  };
   std::string there;
-  for (const auto& [own, value] : entries_) there += (there.empty() ? "" : ", ") + text(own);
-  throw Error("fabric: there is no '" + text(key) + "'; there are: " + (there.empty() ? "none" : there));
+  for (const auto& [own, value] : entries_) there += (there.empty() ? "" : ", ") + to_text(own);
+  throw Error("fabric: there is no '" + to_text(key) + "'; there are: " + (there.empty() ? "none" : there));
 }
 
 }  // namespace fabric

@@ -15,6 +15,8 @@
 
 namespace fabric {
 
+class Value;  // fabric/checkpoint.hpp
+
 /// How `setup_dataloader` reads a dataset.
 struct LoaderOptions {
   std::size_t batch_size = 1;  ///< Rows per rank and step.
@@ -41,6 +43,12 @@ class DataLoader {
     if (options.batch_size == 0) throw Error("fabric: setup_dataloader: batch_size is 0; one or more is legal");
   }
 
+  /// How far the loop has come: batches that it got in the epoch.
+  struct Given {
+    std::uint64_t epoch = 0;
+    std::size_t batches = 0;
+  };
+
   class Iterator {
    public:
     using iterator_category = std::input_iterator_tag;
@@ -49,8 +57,9 @@ class DataLoader {
     using pointer = Batch*;
     using reference = Batch&;
 
-    Iterator(TorchIterator at, TorchIterator end, at::Device device)
-        : at_(std::move(at)), end_(std::move(end)), device_(device) {
+    /// `given` counts the batches that the loop has got; null for an end.
+    Iterator(TorchIterator at, TorchIterator end, at::Device device, std::shared_ptr<Given> given)
+        : at_(std::move(at)), end_(std::move(end)), device_(device), given_(std::move(given)) {
       take();
     }
     Batch& operator*() { return batch_; }
@@ -65,40 +74,64 @@ class DataLoader {
 
    private:
     void take() {
-      if (at_ != end_) {
-        batch_ = tree::map(std::move(*at_), [this](const at::Tensor& tensor) { return tensor.to(device_); });
+      if (at_ == end_) {
+        if (given_) *given_ = {given_->epoch + 1, 0};
+        given_.reset();
+        return;
       }
+      batch_ = tree::map(std::move(*at_), [this](const at::Tensor& tensor) { return tensor.to(device_); });
+      if (given_) ++given_->batches;
     }
     TorchIterator at_;
     TorchIterator end_;
     at::Device device_;
+    std::shared_ptr<Given> given_;
     Batch batch_{};
   };
 
   /// Begins the next epoch, or the one that `set_epoch` named, with threads of its own: a loop that was left early
-  /// leaves nothing behind.
+  /// leaves nothing behind. After `load_state_dict`, it goes on with the epoch in which the state was saved.
   Iterator begin() {
-    sampler_.set_epoch(next_epoch_++);
+    given_ = std::make_shared<Given>(next_);
+    sampler_.set_epoch(next_.epoch, next_.batches * options_.batch_size);
+    next_ = {next_.epoch + 1, 0};
     loader_ = torch::data::make_data_loader(
         dataset_, sampler_,
         torch::data::DataLoaderOptions(options_.batch_size).workers(options_.workers).drop_last(options_.drop_last));
-    return {loader_->begin(), loader_->end(), device_};
+    return {loader_->begin(), loader_->end(), device_, given_};
   }
   /// The end of the epoch that `begin` began.
-  Iterator end() { return {loader_->end(), loader_->end(), device_}; }
+  Iterator end() { return {loader_->end(), loader_->end(), device_, nullptr}; }
 
   /// Batches per epoch on this rank.
   [[nodiscard]] std::size_t size() const {
     const std::size_t rows = sampler_.size();
     return options_.drop_last ? rows / options_.batch_size : (rows + options_.batch_size - 1) / options_.batch_size;
   }
+  [[nodiscard]] const LoaderOptions& options() const { return options_; }
+  [[nodiscard]] const DistributedSampler& sampler() const { return sampler_; }
   /// Rows per epoch on this rank.
   [[nodiscard]] std::size_t rows() const { return sampler_.size(); }
 
   /// The next `begin()` begins that epoch.
-  void set_epoch(std::uint64_t epoch) { next_epoch_ = epoch; }
+  void set_epoch(std::uint64_t epoch) {
+    next_ = {epoch, 0};
+    given_.reset();
+  }
+  /// The epoch that the loop is in, or that the next one will be.
+  [[nodiscard]] std::uint64_t epoch() const { return place().epoch; }
+
+  /// Where the loop is: the epoch, and the batches of it that the loop has got, the present one included. So save after
+  /// the step that a batch was for. All ranks are at the same place.
+  [[nodiscard]] Value state_dict() const;
+  /// The next `begin()` goes on from there. Throws fabric::Error when rows would come in another order than in the job
+  /// that saved it: another dataset size, batch size, seed, shuffling, padding or number of ranks.
+  void load_state_dict(const Value& state);
 
  private:
+  /// A loop that was left early is over: nobody holds its iterator any more.
+  [[nodiscard]] Given place() const { return given_.use_count() > 1 ? *given_ : next_; }
+
   static std::size_t rows_of(const Dataset& dataset) {
     const auto rows = dataset.size();
     if (!rows)
@@ -108,7 +141,8 @@ class DataLoader {
 
   LoaderOptions options_;
   at::Device device_;
-  std::uint64_t next_epoch_ = 0;
+  Given next_;
+  std::shared_ptr<Given> given_;  // of the loop that runs, or ran last
   Dataset dataset_;
   DistributedSampler sampler_;
   Loader loader_;

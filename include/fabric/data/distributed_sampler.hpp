@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <memory>
 #include <optional>
+#include <utility>
 #include <vector>
 
 #include <ATen/CPUGeneratorImpl.h>
@@ -27,7 +28,7 @@ struct Shares {
 class DistributedSampler : public torch::data::samplers::Sampler<> {
  public:
   DistributedSampler(std::size_t rows, const Shares& shares)
-      : rows_(rows), shares_(shares), epoch_(std::make_shared<std::uint64_t>(0)) {
+      : rows_(rows), shares_(shares), start_(std::make_shared<Start>()) {
     deal();
   }
 
@@ -37,14 +38,19 @@ class DistributedSampler : public torch::data::samplers::Sampler<> {
     return rows_ / shares_.replicas + (shares_.rank < rows_ % shares_.replicas ? 1 : 0);
   }
 
-  [[nodiscard]] std::uint64_t epoch() const { return *epoch_; }
-  /// Of this sampler and its copies, from their next reset on.
-  void set_epoch(std::uint64_t epoch) { *epoch_ = epoch; }
+  [[nodiscard]] std::uint64_t epoch() const { return start_->epoch; }
+  /// Of this sampler and its copies, from their next reset on. That one leaves out the first `given` rows of this rank,
+  /// for an epoch that is taken up where it was left.
+  void set_epoch(std::uint64_t epoch, std::size_t given = 0) { *start_ = {epoch, given}; }
+  [[nodiscard]] const Shares& shares() const { return shares_; }
+  /// Of the dataset.
+  [[nodiscard]] std::size_t dataset_rows() const { return rows_; }
 
   /// Begins an epoch.
   void reset(std::optional<std::size_t> new_rows = std::nullopt) override {
     if (new_rows) rows_ = *new_rows;
     deal();
+    position_ = std::min(std::exchange(start_->given, 0), indices_.size());
   }
 
   /// The next at most `batch_size` rows; nothing at the end.
@@ -57,7 +63,7 @@ class DistributedSampler : public torch::data::samplers::Sampler<> {
   }
 
   void save(torch::serialize::OutputArchive& archive) const override {
-    archive.write("epoch", torch::tensor(static_cast<int64_t>(*epoch_)), /*is_buffer=*/true);
+    archive.write("epoch", torch::tensor(static_cast<int64_t>(start_->epoch)), /*is_buffer=*/true);
     archive.write("position", torch::tensor(static_cast<int64_t>(position_)), /*is_buffer=*/true);
   }
   void load(torch::serialize::InputArchive& archive) override {
@@ -65,7 +71,7 @@ class DistributedSampler : public torch::data::samplers::Sampler<> {
     at::Tensor position;
     archive.read("epoch", epoch, /*is_buffer=*/true);
     archive.read("position", position, /*is_buffer=*/true);
-    *epoch_ = static_cast<std::uint64_t>(epoch.item<int64_t>());
+    start_->epoch = static_cast<std::uint64_t>(epoch.item<int64_t>());
     deal();
     position_ = static_cast<std::size_t>(position.item<int64_t>());
   }
@@ -77,9 +83,9 @@ class DistributedSampler : public torch::data::samplers::Sampler<> {
     if (rows_ == 0) return;
     at::Tensor order;
     if (shares_.shuffle) {
-      order =
-          at::randperm(static_cast<int64_t>(rows_), at::make_generator<at::CPUGeneratorImpl>(shares_.seed + *epoch_),
-                       at::TensorOptions().dtype(at::kLong));
+      order = at::randperm(static_cast<int64_t>(rows_),
+                           at::make_generator<at::CPUGeneratorImpl>(shares_.seed + start_->epoch),
+                           at::TensorOptions().dtype(at::kLong));
     } else {
       order = at::arange(static_cast<int64_t>(rows_));
     }
@@ -91,7 +97,11 @@ class DistributedSampler : public torch::data::samplers::Sampler<> {
 
   std::size_t rows_;
   Shares shares_;
-  std::shared_ptr<std::uint64_t> epoch_;
+  struct Start {
+    std::uint64_t epoch = 0;
+    std::size_t given = 0;
+  };
+  std::shared_ptr<Start> start_;
   std::vector<std::size_t> indices_;
   std::size_t position_ = 0;
 };

@@ -1,0 +1,153 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <string>
+#include <string_view>
+#include <unordered_map>
+#include <utility>
+
+#include <ATen/ATen.h>
+
+#include "fabric/checkpoint/file.hpp"
+#include "fabric/checkpoint/json.hpp"
+#include "fabric/checkpoint/pickle_reader.hpp"
+#include "fabric/checkpoint/pickle_writer.hpp"
+#include "fabric/checkpoint/value.hpp"
+#include "fabric/checkpoint/zip.hpp"
+
+namespace fabric {
+
+/// What a file holds.
+struct CheckpointContents {
+  Value state;
+  Dict manifest;  ///< Who wrote it and how; empty if it was not this library.
+};
+
+namespace detail {
+
+/// Storage of bytes that lie in `file`, without a copy where the processor can read them there.
+[[nodiscard]] inline at::Storage storage_in(const Bytes& file, std::string_view bytes) {
+  if (reinterpret_cast<std::uintptr_t>(bytes.data()) % alignof(std::max_align_t) != 0 || bytes.empty()) {
+    at::Storage copy(at::Storage::use_byte_size_t(), static_cast<std::int64_t>(bytes.size()),
+                     c10::GetAllocator(at::kCPU), /*resizable=*/false);
+    if (!bytes.empty()) std::memcpy(copy.mutable_data(), bytes.data(), bytes.size());
+    return copy;
+  }
+  auto* owner = new std::shared_ptr<void>(file.owner);
+  at::DataPtr data(
+      file.data + (bytes.data() - file.data), owner,
+      [](void* shared) { delete static_cast<std::shared_ptr<void>*>(shared); }, at::kCPU);
+  return {at::Storage::use_byte_size_t(), bytes.size(), std::move(data), nullptr,
+          /*resizable=*/false};
+}
+
+/// The bytes of a storage in the memory of the processor.
+[[nodiscard]] inline at::Storage on_cpu(const at::Storage& storage) {
+  if (storage.device().is_cpu()) return storage;
+  const auto options = at::TensorOptions(at::kByte).device(storage.device());
+  return at::empty({0}, options).set_(storage).cpu().storage();
+}
+
+/// Throws DamagedCheckpoint unless the file is the one that its manifest tells of.
+inline void check_manifest(const Dict& manifest,
+                           const std::unordered_map<std::string, std::pair<std::size_t, std::uint32_t>>& records,
+                           const std::string& path) {
+  const Refuse refuse{path};
+  const Value* format = manifest.find("format");
+  if (format == nullptr || !format->is<std::int64_t>()) refuse("its manifest is damaged");
+  if (const auto number = format->as<std::int64_t>("format"); number != 1) {
+    refuse("it is of format " + std::to_string(number) + ", which a newer version of this library wrote: 1 is read");
+  }
+  const Value* listed = manifest.find("records");
+  if (listed == nullptr || !listed->is<Dict>()) refuse("its manifest is damaged");
+  for (const auto& [name, facts] : listed->as<Dict>("records")) {
+    const auto found = records.find(to_text(name));
+    if (found == records.end()) refuse("its record " + to_text(name) + " is missing");
+    const List wanted{{Value(found->second.first), Value(found->second.second)}, false};
+    if (!facts.is<List>() || facts.as<List>("record").items.size() != 2) refuse("its manifest is damaged");
+    for (std::size_t i = 0; i < 2; ++i) {
+      const Value& fact = facts.as<List>("record").items[i];
+      if (!fact.is<std::int64_t>() || fact.as<std::int64_t>("") != wanted.items[i].as<std::int64_t>("")) {
+        refuse("its record " + to_text(name) + " is not the one that was saved");
+      }
+    }
+  }
+}
+
+}  // namespace detail
+
+/// The files of Python's `torch.save` and `torch.load`. What is written here, Python reads as a dict with
+/// `torch.load(path, weights_only=True)`, also with `mmap=True`; what Python's `torch.save` wrote, as far as
+/// `weights_only=True` allows it, is read here.
+struct TorchFile {
+  static constexpr std::string_view extension = ".pt";
+
+  /// Throws fabric::Error that names the key of what cannot be written.
+  template <class Sink>
+  static void write(Sink& sink, const Value& state, Dict manifest) {
+    const detail::PickleWriter pickle(state);
+    detail::ZipWriter<Sink> zip(sink);
+    Dict records;
+    const auto add = [&](const std::string& name, const void* data, std::size_t size) {
+      const std::uint32_t crc = zip.add("archive/" + name, data, size);
+      records[name] = List{{Value(size), Value(crc)}, false};
+    };
+    add("data.pkl", pickle.pickle().data(), pickle.pickle().size());
+    add("byteorder", "little", 6);
+    for (std::size_t i = 0; i < pickle.storages().size(); ++i) {
+      const at::Storage storage = detail::on_cpu(pickle.storages()[i]);
+      add("data/" + std::to_string(i), storage.data(), storage.nbytes());
+    }
+    add("version", "3\n", 2);
+    manifest["format"] = 1;
+    manifest["records"] = std::move(records);
+    const std::string json = detail::JsonWriter::write(manifest);
+    zip.add("archive/fabric.json", json.data(), json.size());
+    zip.finish();
+  }
+
+  /// Tensors share the memory of `file`. Everything is verified before anything is returned. Throws DamagedCheckpoint.
+  [[nodiscard]] static CheckpointContents read(const detail::Bytes& file, const std::string& path) {
+    const detail::ZipReader zip(file.view(), path);
+    if (zip.records().empty()) zip.refuse("it is an empty archive");
+    const std::string& first = zip.records()[0].name;
+    const std::string folder = first.substr(0, first.find('/') + 1);
+    if (zip.find(folder + "data.pkl") == nullptr)
+      zip.refuse("it has no data.pkl, so that torch.save has not written it");
+    if (zip.find(folder + "constants.pkl") != nullptr) {
+      zip.refuse("torch::save or torch.jit.save wrote it: load it with torch::load");
+    }
+    if (const auto* order = zip.find(folder + "byteorder"); order != nullptr && order->bytes != "little") {
+      zip.refuse("a big-endian machine wrote it");
+    }
+    zip.verify();
+    CheckpointContents contents;
+    if (const auto* json = zip.find(folder + "fabric.json")) {
+      const Value manifest = detail::JsonReader::read(json->bytes, "the manifest of " + path);
+      if (!manifest.is<Dict>()) zip.refuse("its manifest is damaged");
+      contents.manifest = manifest.as<Dict>("the manifest");
+      std::unordered_map<std::string, std::pair<std::size_t, std::uint32_t>> records;
+      for (const auto& record : zip.records()) {
+        if (record.name.starts_with(folder)) {
+          records[record.name.substr(folder.size())] = {record.bytes.size(), record.crc};
+        }
+      }
+      detail::check_manifest(contents.manifest, records, path);
+    }
+    std::unordered_map<std::string, at::Storage> storages;
+    const auto storage = [&](const std::string& key) {
+      if (const auto known = storages.find(key); known != storages.end()) return known->second;
+      const auto* record = zip.find(folder + "data/" + key);
+      if (record == nullptr) zip.refuse("it has no storage " + key);
+      return storages.emplace(key, detail::storage_in(file, record->bytes)).first->second;
+    };
+    contents.state = detail::PickleReader(zip.find(folder + "data.pkl")->bytes, path, storage).read();
+    return contents;
+  }
+};
+
+}  // namespace fabric
