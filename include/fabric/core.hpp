@@ -25,6 +25,7 @@
 #include "fabric/data/data_loader.hpp"
 #include "fabric/device.hpp"
 #include "fabric/error.hpp"
+#include "fabric/launch/processes.hpp"
 #include "fabric/loggers/logger.hpp"
 #include "fabric/module/clip_gradients.hpp"
 #include "fabric/module/fabric_module.hpp"
@@ -92,11 +93,13 @@ class Fabric {
     world_.device = device_;
   }
 
+  ~Fabric() { detail::leave_process_group(world_); }
   Fabric(const Fabric&) = delete;
   Fabric& operator=(const Fabric&) = delete;
 
   /// Starts or joins the other processes. Code after it runs in all of them. Once per Fabric; strategies of one process
-  /// need not call it. Throws fabric::Error for variables that contradict the options.
+  /// need not call it. `DdpSpawn` and `DdpFork` start all ranks anew: then this process only waits for them, and ends
+  /// as they do. Throws fabric::Error for variables that contradict the options.
   void launch() {
     if (launched_) throw Error("fabric: launch() was called twice on the same Fabric");
     world_ = engine_.launch(selection_, device_);
@@ -105,11 +108,25 @@ class Fabric {
     world_.device = device_;
     launched_ = true;
   }
-  /// `launch()`, then `function(*this, arguments...)` in all processes. Returns what that returns.
+  /// `launch()`, then `function(*this, arguments...)` in all processes. Returns what that returns; where the processes
+  /// are spawned or forked for it, rank 0's result, in this process, which is no rank: numbers, texts, tensors, and
+  /// vectors, pairs, tuples and optionals of these. A spawned process runs the program up to here to get at its
+  /// function. An exception that leaves the function ends the job on all ranks.
   template <class Function, class... Arguments>
   decltype(auto) launch(Function&& function, Arguments&&... arguments) {
-    launch();
-    return std::invoke(std::forward<Function>(function), *this, std::forward<Arguments>(arguments)...);
+    const auto run = [&]() -> decltype(auto) {
+      launch();
+      return std::invoke(std::forward<Function>(function), *this, std::forward<Arguments>(arguments)...);
+    };
+    if constexpr (requires { engine_.launch_options(); } && Strategy::facts.start_method != StartMethod::popen) {
+      using Result = std::remove_cvref_t<std::invoke_result_t<Function, Fabric&, Arguments...>>;
+      return detail::launch_function<Result>(selection_, engine_.launch_options(), [&]() -> Result {
+        const std::shared_ptr<void> after(nullptr, [this](void*) { detail::leave_process_group(world_); });
+        return run();
+      });
+    } else {
+      return detail::telling_failures(run);
+    }
   }
 
   /// Prepares modules and optimizers for this Fabric: modules move to the device and become equal on all ranks. Returns

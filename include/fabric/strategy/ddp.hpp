@@ -36,6 +36,8 @@ struct DdpOptions {
   double bucket_cap_mb = 25;            ///< Size of the gradient buckets. The first one is 1 MB, to start early.
   GradientCompression compression = GradientCompression::none;
   std::chrono::milliseconds timeout{std::chrono::minutes(30)};  ///< Of each collective.
+  bool detect_desync = false;                                   ///< See LaunchOptions, as for the next one.
+  std::string log_dir{};
 };
 
 /// What `Ddp` keeps for a module: c10d's Reducer, which averages gradients bucket by bucket while backward still runs.
@@ -239,7 +241,10 @@ class DdpEngine {
   }
 
   World launch(const Selection& selection, at::Device device) {
-    return join_world(selection, device, options_.timeout);
+    return join_world(selection, device, launch_options());
+  }
+  [[nodiscard]] LaunchOptions launch_options() const {
+    return {.timeout = options_.timeout, .detect_desync = options_.detect_desync, .log_dir = options_.log_dir};
   }
   void setup(ModuleState& state, torch::nn::Module& module, const World& world) {
     state.setup(module, world, options_);
@@ -263,16 +268,11 @@ inline constexpr bool has_collectives = std::same_as<A, Cpu> || (std::same_as<A,
 
 }  // namespace detail
 
-template <class A>
-requires detail::has_collectives<A>
-class Engine<A, Ddp> : public detail::DdpEngine<A, false> {
-  using detail::DdpEngine<A, false>::DdpEngine;
-};
-
-template <class A>
-requires detail::has_collectives<A>
-class Engine<A, DdpFindUnusedParameters> : public detail::DdpEngine<A, true> {
-  using detail::DdpEngine<A, true>::DdpEngine;
+/// All of the family: they differ in how their processes begin, which `launch` reads from the selection.
+template <class A, class S>
+requires(detail::has_collectives<A>&& S::facts.built_in&& S::facts.family == StrategyFamily::ddp) class Engine<A, S>
+    : public detail::DdpEngine<A, S::facts.find_unused_parameters> {
+  using detail::DdpEngine<A, S::facts.find_unused_parameters>::DdpEngine;
 };
 
 }  // namespace fabric
