@@ -18,6 +18,7 @@
 #include <torch/torch.h>
 
 #include "fabric/callback.hpp"
+#include "fabric/comm/agreement.hpp"
 #include "fabric/comm/collectives.hpp"
 #include "fabric/comm/world.hpp"
 #include "fabric/connector/resolve_here.hpp"
@@ -25,6 +26,7 @@
 #include "fabric/data/data_loader.hpp"
 #include "fabric/device.hpp"
 #include "fabric/error.hpp"
+#include "fabric/launch/preemption.hpp"
 #include "fabric/launch/processes.hpp"
 #include "fabric/loggers/logger.hpp"
 #include "fabric/module/clip_gradients.hpp"
@@ -163,6 +165,11 @@ class Fabric {
         "fabric: setup_dataloader takes a dataset, not a loader: a loader's sampler cannot be made to deal rows to "
         "ranks");
     require_launch("setup_dataloader");
+    const std::string seed = options.shuffle ? ", seed " + std::to_string(options.seed) : "";
+    detail::require_agreement(world_, "setup_dataloader",
+                              {"rows " + std::to_string(dataset.size().value_or(0)),
+                               "batches of " + std::to_string(options.batch_size) +
+                                   (options.shuffle ? ", shuffled" : "") + (options.pad ? ", padded" : "") + seed});
     const Shares shares{.replicas = static_cast<std::size_t>(world_.size),
                         .rank = static_cast<std::size_t>(world_.global_rank),
                         .shuffle = options.shuffle,
@@ -177,7 +184,7 @@ class Fabric {
                 bool retain_graph = false) {
     if (!loss.requires_grad()) [[unlikely]]
       refuse_loss(loss);
-    loss.backward(gradient.value_or(at::Tensor()), retain_graph);
+    detail::naming_collective(world_, [&] { loss.backward(gradient.value_or(at::Tensor()), retain_graph); });
     if constexpr (!std::is_empty_v<ModuleState>) {
       for (const KnownModule& known : modules_) {
         if (const auto state = known.state.lock()) Engine::after_backward(*state);
@@ -281,6 +288,11 @@ class Fabric {
       if (auto* hooks = dynamic_cast<Hooks*>(callback.get())) (hooks->*hook)(arguments...);
     }
   }
+
+  /// True on all ranks, at the same call, once one of them has been sent SIGTERM or SIGUSR1: time to save, to leave the
+  /// loop and to end with `preempted_exit_code`. To be called by all ranks at the end of each step, where it costs nothing.
+  /// From the first call on, these signals no longer end the process.
+  [[nodiscard]] static bool should_stop() { return detail::should_stop(); }
 
   /// Waits for all ranks.
   void barrier() const {

@@ -112,7 +112,7 @@ class Hub {
     Link link{};
     Hello hello{};
     State state = State::absent;
-    int step = -1;  ///< Where it waits for the others to stop.
+    int step = -1;  ///< How far it had come when somebody wanted to stop.
   };
   struct Stranger {
     Link link;
@@ -231,7 +231,6 @@ class Hub {
         hold();
       } else if (message->kind == Message::at_step) {
         member.step = message->number;
-        hold();
         agree_on_stop();
       }
     }
@@ -287,7 +286,7 @@ class Hub {
       if (member.step < 0) return;
       last = std::max(last, member.step);
     }
-    stop_at_ = last;
+    stop_at_ = last + 1;
     for (const Member& member : members_) {
       if (member.state == State::present) member.link.send({.kind = Message::stop_at, .number = stop_at_});
     }

@@ -131,17 +131,17 @@ class Job {
     return left_;
   }
 
-  /// Have the ranks agreed to stop after this step? `wanted`: this rank would like to. Costs a comparison until
-  /// somebody does; then ranks wait here until the slowest has come, which gets as far as the fastest one.
+  /// Have the ranks agreed to stop after this step? `wanted`: this rank would like to. Costs next to nothing until somebody
+  /// does. Then each says how far it is, and they stop one step after the one who is furthest, which nobody passes
+  /// before it is known.
   bool should_stop(bool wanted) {
-    ++step_;
-    if (!wanted && !holding_.load(std::memory_order_relaxed)) return false;
+    const int step = step_.load(std::memory_order_relaxed) + 1;
+    step_.store(step);  // before looking: see `hear`
+    if (!wanted && !holding_.load()) return false;
     std::unique_lock lock(mutex_);
-    if (stop_at_ < 0) {
-      link_.send({.kind = Message::at_step, .number = step_});
-      changed_.wait(lock, [this] { return stop_at_ >= 0; });
-    }
-    return step_ >= stop_at_;
+    if (!holding_.load()) link_.send({.kind = Message::hold});
+    changed_.wait(lock, [this] { return stop_at_ >= 0; });
+    return step >= stop_at_;
   }
 
   /// Ends children, if there are any, and the process.
@@ -188,7 +188,10 @@ class Job {
     switch (message.kind) {
       case Message::verdict: return end(message);
       case Message::finished: finished_ = true; break;
-      case Message::hold: holding_.store(true, std::memory_order_relaxed); break;
+      case Message::hold:
+        holding_.store(true);  // before asking how far it is: it waits at its next step, or has told of it already
+        link_.send({.kind = Message::at_step, .number = step_.load()});
+        break;
       case Message::stop_at: stop_at_ = message.number; break;
       default: return;
     }
@@ -246,7 +249,7 @@ class Job {
   int rank_ = 0;
   int local_rank_ = 0;
   int size_ = 1;
-  int step_ = 0;
+  std::atomic<int> step_ = 0;
   bool has_own_log_ = false;
   std::terminate_handler previous_terminate_ = nullptr;
 

@@ -16,6 +16,7 @@
 #include <torch/csrc/distributed/c10d/logger.hpp>
 #include <torch/torch.h>
 
+#include "fabric/comm/agreement.hpp"
 #include "fabric/comm/world.hpp"
 #include "fabric/connector/selection.hpp"
 #include "fabric/error.hpp"
@@ -44,13 +45,15 @@ struct DdpOptions {
 template <bool find_unused_parameters>
 class DdpModule {
  public:
-  /// Makes parameters and buffers those of rank 0 on all ranks and hooks into backward. Throws `c10::Error` when the
-  /// ranks' modules do not have the same parameters.
+  /// Makes parameters and buffers those of rank 0 on all ranks and hooks into backward. Throws fabric::Error, on all of
+  /// them, when their modules do not have the same parameters and buffers.
   void setup(torch::nn::Module& module, const World& world, const DdpOptions& options) {
     group_ = world.group;
     options_ = options;
     std::vector<at::Tensor> replicated;
+    std::vector<std::string> description;
     for (const auto& [name, parameter] : parameters_of(module)) {
+      description.push_back(describe(name, parameter));
       replicated.push_back(parameter.detach());
       if (!parameter.requires_grad()) continue;
       names_.emplace(parameters_.size(), name);
@@ -58,7 +61,8 @@ class DdpModule {
     }
     buffers_ = module.buffers();
     for (const at::Tensor& buffer : buffers_) replicated.push_back(buffer.detach());
-    if (!parameters_.empty()) c10d::verify_params_across_processes(group_, parameters_, std::nullopt);
+    for (const auto& buffer : module.named_buffers()) description.push_back(describe(buffer.key(), buffer.value()));
+    detail::require_agreement(world, "setup", description);
     broadcast(replicated);
     if (parameters_.empty()) return;  // nothing to train, nothing to reduce
 
@@ -152,6 +156,13 @@ class DdpModule {
     reducer_->register_comm_hook(std::make_unique<CompressionHook<dtype>>(group_));
   }
 
+  /// "weight: Float [1, 2], trained".
+  static std::string describe(const std::string& name, const at::Tensor& tensor) {
+    std::ostringstream text;
+    text << name << ": " << at::toString(tensor.scalar_type()) << ' ' << tensor.sizes()
+         << (tensor.requires_grad() ? ", trained" : "");
+    return text.str();
+  }
   /// Gives all ranks rank 0's buffers, if a forward may have changed them since.
   void share_buffers() {
     if (!options_.broadcast_buffers || !std::exchange(buffers_differ_, false)) return;
