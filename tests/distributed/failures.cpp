@@ -303,8 +303,8 @@ TEST_CASE("[issue-6.5] ranks in step pass detect_desync") {
 }
 
 TEST_CASE("[issue-6.6] a signal to any rank stops all after the same step, with the documented exit code") {
-  for (const int rank : {0, 3}) {
-    for (const int signal : {SIGTERM, SIGUSR1}) {
+  for (const auto& [rank, signal] : {std::pair(0, SIGTERM), std::pair(3, SIGUSR1)}) {
+    {
       auto process = job("until_stopped");
       for (int r = 0; r < ranks; ++r) REQUIRE(process.wait_for("rank " + std::to_string(r) + " is process"));
       REQUIRE(process.wait_for("ready"));

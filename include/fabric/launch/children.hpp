@@ -234,20 +234,14 @@ class Children {
     if (watcher_.joinable()) watcher_.join();
   }
 
-  /// Ends all children: politely, then after two seconds not.
-  void end_all() {
+  /// Ends all children: lets them end by themselves for that long, then asks them to, then after two seconds makes them.
+  void end_all(std::chrono::milliseconds patience = {}) {
     const std::lock_guard lock(mutex_);
+    wait_for_end(patience);
     for (const Child& child : children_) {
       if (child.running) kill(child.pid, SIGTERM);
     }
-    constexpr int hundredths = 200;
-    for (int i = 0; i < hundredths && any_running(); ++i) {
-      for (Child& child : children_) {
-        if (child.running && waitpid(child.pid, nullptr, WNOHANG) == child.pid) child.running = false;
-      }
-      pass_on();
-      if (any_running()) std::this_thread::sleep_for(std::chrono::milliseconds(10));
-    }
+    wait_for_end(std::chrono::seconds(2));
     for (Child& child : children_) {
       if (!child.running) continue;
       kill(child.pid, SIGKILL);
@@ -378,6 +372,18 @@ class Children {
           }
         }
       }
+    }
+  }
+
+  void wait_for_end(std::chrono::milliseconds time) {
+    const auto end = std::chrono::steady_clock::now() + time;
+    while (any_running()) {
+      for (Child& child : children_) {
+        if (child.running && waitpid(child.pid, nullptr, WNOHANG) == child.pid) child.running = false;
+      }
+      pass_on();
+      if (std::chrono::steady_clock::now() >= end) return;
+      if (any_running()) std::this_thread::sleep_for(std::chrono::milliseconds(5));
     }
   }
 

@@ -146,7 +146,8 @@ class Job {
 
   /// Ends children, if there are any, and the process.
   [[noreturn]] static void leave(int code) {
-    Children::of_this_process().end_all();
+    constexpr auto patience = std::chrono::seconds(2);  // they know, and one may still have something to say
+    Children::of_this_process().end_all(patience);
     // What this process has printed, unless its main thread is inside the stream, perhaps for ever.
     if (ftrylockfile(stdout) == 0) fflush_unlocked(stdout);
     std::_Exit(code);
@@ -218,7 +219,7 @@ class Job {
     previous_terminate_ = std::set_terminate([] {
       Job& job = of_this_process();
       if (job.joined() && std::current_exception() != nullptr && job.fail(current_reason(), 128 + SIGABRT)) {
-        Children::of_this_process().end_all();
+        Children::of_this_process().end_all(std::chrono::seconds(2));
         std::abort();  // the reason is printed already
       }
       job.previous_terminate_();
