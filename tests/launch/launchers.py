@@ -7,6 +7,7 @@ row in the page must say of it what came out.
 
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -29,7 +30,7 @@ def skip(why):
 def environment(**extra):
     """This process's variables without what launchers set."""
     launchers = ("MASTER_", "LT_", "SLURM_", "LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "RANK", "TORCHELASTIC", "FABRIC_RUN_ID")
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(launchers)}
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(launchers) or name == "SLURM_CONF"}
     return {**kept, "OMP_NUM_THREADS": "1", **extra}
 
 
@@ -95,6 +96,24 @@ def expected_result():
     return float(re.search(r"result=(\S+)", alone.text).group(1))
 
 
+class Slurm:
+    """A real Slurm of two nodes for the tests, while it is open; skips the test where there is none."""
+
+    def __enter__(self):
+        self.folder = tempfile.mkdtemp(prefix="slurm-")
+        self.script = os.path.join(root, "tests", "support", "slurm")
+        up = subprocess.run([self.script, "up", self.folder], stdout=subprocess.PIPE, text=True)
+        if up.returncode != 0:
+            self.__exit__()
+            sys.exit(up.returncode)
+        os.environ["SLURM_CONF"] = up.stdout.strip().partition("=")[2]
+        return self
+
+    def __exit__(self, *_):
+        subprocess.run([self.script, "down", self.folder])
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
 class Launcher:
     """`start(arguments, variables)` starts the job with these arguments under the launcher."""
 
@@ -103,6 +122,7 @@ class Launcher:
     nodes = 1
     one_process_is_parent = False  # it is rank 0's, so that killing rank 0 leaves nobody to tell
     counts_exits = True
+    says_itself = None  # how the launcher itself names the process that was killed
 
     def start(self, arguments, variables=None):
         raise NotImplementedError
@@ -145,7 +165,10 @@ class Launcher:
             os.kill(running.process_of(rank), signal.SIGKILL)
             self.check_ended(running, start)
             if not (self.one_process_is_parent and rank == 0):
-                assert re.search(rf"fabric: rank {rank} of {self.ranks}|fabric: rank {rank} \(process", running.text), running.text
+                named = rf"fabric: rank {rank} of {self.ranks}|fabric: rank {rank} \(process"
+                if self.says_itself:
+                    named += "|" + self.says_itself.format(running.process_of(rank))
+                assert re.search(named, running.text), running.text
 
     def exception_on_a_rank(self):
         for rank in (0, self.ranks - 1):
