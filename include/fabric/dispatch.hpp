@@ -103,8 +103,8 @@ decltype(auto) dispatch(const Flags& flags, Run&& run, const std::vector<std::sh
   return dispatch<Menu>(resolve_for<Menu>(flags), std::forward<Run>(run), loggers, callbacks);
 }
 
-/// Adds `--accelerator`, `--strategy`, `--devices`, `--num-nodes`, `--precision`, `--environment` and `--log-dir` to a command line
-/// parser with CLI11's `add_option_function`, which fill `flags` while it parses.
+/// Adds `--accelerator`, `--strategy`, `--devices`, `--num-nodes`, `--precision`, `--environment` and `--log-dir` to a
+/// command line parser with CLI11's `add_option_function`, which fill `flags` while it parses.
 template <class App>
 void add_flags(App& app, Flags& flags) {
   using Value = const std::string&;

@@ -319,7 +319,8 @@ TEST_CASE("[issue-6.6] a signal to any rank stops all after the same step, with 
   }
 }
 
-TEST_CASE("[issue-6.7] ranks that leave one after the other do not disturb each other, and nothing is printed at exit") {
+TEST_CASE(
+    "[issue-6.7] ranks that leave one after the other do not disturb each other, and nothing is printed at exit") {
   for (const char* name : {"leave_at_different_times", "exit_amid_everything"}) {
     for (int i = 0; i < 3; ++i) {
       auto process = job(name);
@@ -331,7 +332,8 @@ TEST_CASE("[issue-6.7] ranks that leave one after the other do not disturb each 
       for (int rank = 0; rank < ranks && name[0] == 'e'; ++rank) {
         CHECK(count(printed, "rank " + std::to_string(rank) + " is process ") == 1);
       }
-      CHECK_THAT(printed, !ContainsSubstring("arn") && !ContainsSubstring("onnection") && !ContainsSubstring("terminate"));
+      CHECK_THAT(printed,
+                 !ContainsSubstring("arn") && !ContainsSubstring("onnection") && !ContainsSubstring("terminate"));
     }
   }
 }

@@ -327,7 +327,9 @@ TEST_CASE("[issue-3.3] modules of different shapes on the ranks end the job quic
   const auto start = std::chrono::steady_clock::now();
   CHECK(process.wait(20) > 0);
   CHECK(seconds_since(start) < 10);
-  CHECK_THAT(process.output(), ContainsSubstring("rank 0 has 'weight: Float [1, 2], trained', rank 1 has 'weight: Float [1, 3], trained'"));
+  CHECK_THAT(
+      process.output(),
+      ContainsSubstring("rank 0 has 'weight: Float [1, 2], trained', rank 1 has 'weight: Float [1, 3], trained'"));
 }
 
 TEST_CASE("[issue-3.6] setup before launch, and launch twice, are refused with what to do") {

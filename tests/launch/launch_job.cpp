@@ -23,8 +23,8 @@ using Jobs = Menu<Accelerators<Cpu>, Strategies<SingleDevice, Ddp, DdpSpawn, Ddp
 struct Arguments {
   Flags flags;
   std::string job = "train";
-  int rank = 0;          ///< That does something.
-  std::string counter;   ///< A file in which `count` keeps its steps.
+  int rank = 0;         ///< That does something.
+  std::string counter;  ///< A file in which `count` keeps its steps.
   int steps = 20;
 };
 

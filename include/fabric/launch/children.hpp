@@ -234,7 +234,8 @@ class Children {
     if (watcher_.joinable()) watcher_.join();
   }
 
-  /// Ends all children: lets them end by themselves for that long, then asks them to, then after two seconds makes them.
+  /// Ends all children: lets them end by themselves for that long, then asks them to, then after two seconds makes
+  /// them.
   void end_all(std::chrono::milliseconds patience = {}) {
     const std::lock_guard lock(mutex_);
     wait_for_end(patience);

@@ -131,9 +131,9 @@ class Job {
     return left_;
   }
 
-  /// Have the ranks agreed to stop after this step? `wanted`: this rank would like to. Costs next to nothing until somebody
-  /// does. Then each says how far it is, and they stop one step after the one who is furthest, which nobody passes
-  /// before it is known.
+  /// Have the ranks agreed to stop after this step? `wanted`: this rank would like to. Costs next to nothing until
+  /// somebody does. Then each says how far it is, and they stop one step after the one who is furthest, which nobody
+  /// passes before it is known.
   bool should_stop(bool wanted) {
     const int step = step_.load(std::memory_order_relaxed) + 1;
     step_.store(step);  // before looking: see `hear`

@@ -93,7 +93,8 @@ inline Place find_place(const Selection& selection, std::chrono::milliseconds ti
   if (kind == EnvironmentKind::local && selection.num_nodes > 1 && port == 0) {
     throw Error(
         "fabric: launch: " + std::to_string(selection.num_nodes) +
-        " nodes, but nothing says how they find each other: set MASTER_ADDR, MASTER_PORT and NODE_RANK on each, or use a "
+        " nodes, but nothing says how they find each other: set MASTER_ADDR, MASTER_PORT and NODE_RANK on each, or use "
+        "a "
         "launcher (torchrun, srun, mpirun). Slurm counts as one if the job's name is not bash or interactive, as it is "
         "in salloc: name the job, or set LT_ENVIRONMENT=slurm");
   }
@@ -260,13 +261,10 @@ inline void divide_threads_of_launcher(const std::string& key, c10d::Store& stor
       console = detail::write_own_log(options.log_dir, world.global_rank);
       job.has_own_log();
     }
+    if (!place.external) detail::divide_threads(place.local_size);  // before that is settled for the children
     address = detail::come_together(place, options, console);
     cores = "fabric/" + place.meeting.run + "/cores/" + detail::network_identity() + "/" + detail::usable_cores();
-    if (place.external) {
-      job.store->add(cores, 1);
-    } else {
-      detail::divide_threads(place.local_size);
-    }
+    if (place.external) job.store->add(cores, 1);
   } else if (job.size() != world.size) {
     throw Error("fabric: launch: this process is in a job of " + std::to_string(job.size()) +
                 " already, and cannot be in one of " + std::to_string(world.size));
