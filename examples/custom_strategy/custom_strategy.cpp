@@ -31,7 +31,7 @@ class fabric::Engine<fabric::Cpu, Average> {
 
   explicit Engine(const Options& /*options*/) {}
   static World launch(const Selection& selection, at::Device device) {
-    return join_world(selection, device, std::chrono::minutes(5));
+    return join_world(selection, device, {.timeout = std::chrono::minutes(5)});
   }
   static void setup(ModuleState& state, torch::nn::Module& module, const World& world) {
     state = {world, module.parameters()};

@@ -20,6 +20,7 @@
 #include <torch/torch.h>
 
 #include "fabric/callback.hpp"
+#include "fabric/comm/agreement.hpp"
 #include "fabric/comm/collectives.hpp"
 #include "fabric/comm/world.hpp"
 #include "fabric/connector/resolve_here.hpp"
@@ -27,6 +28,8 @@
 #include "fabric/data/data_loader.hpp"
 #include "fabric/device.hpp"
 #include "fabric/error.hpp"
+#include "fabric/launch/preemption.hpp"
+#include "fabric/launch/processes.hpp"
 #include "fabric/loggers/logger.hpp"
 #include "fabric/module/clip_gradients.hpp"
 #include "fabric/module/fabric_module.hpp"
@@ -121,11 +124,13 @@ class Fabric {
     if constexpr (Plugin::has_scaler) scaler_->join(world_);
   }
 
+  ~Fabric() { detail::leave_process_group(world_); }
   Fabric(const Fabric&) = delete;
   Fabric& operator=(const Fabric&) = delete;
 
   /// Starts or joins the other processes. Code after it runs in all of them. Once per Fabric; strategies of one process
-  /// need not call it. Throws fabric::Error for variables that contradict the options.
+  /// need not call it. `DdpSpawn` and `DdpFork` start all ranks anew: then this process only waits for them, and ends
+  /// as they do. Throws fabric::Error for variables that contradict the options.
   void launch() {
     if (launched_) throw Error("fabric: launch() was called twice on the same Fabric");
     world_ = engine_.launch(selection_, device_);
@@ -135,11 +140,25 @@ class Fabric {
     if constexpr (Plugin::has_scaler) scaler_->join(world_);
     launched_ = true;
   }
-  /// `launch()`, then `function(*this, arguments...)` in all processes. Returns what that returns.
+  /// `launch()`, then `function(*this, arguments...)` in all processes. Returns what that returns; where the processes
+  /// are spawned or forked for it, rank 0's result, in this process, which is no rank: numbers, texts, tensors, and
+  /// vectors, pairs, tuples and optionals of these. A spawned process runs the program up to here to get at its
+  /// function. An exception that leaves the function ends the job on all ranks.
   template <class Function, class... Arguments>
   decltype(auto) launch(Function&& function, Arguments&&... arguments) {
-    launch();
-    return std::invoke(std::forward<Function>(function), *this, std::forward<Arguments>(arguments)...);
+    const auto run = [&]() -> decltype(auto) {
+      launch();
+      return std::invoke(std::forward<Function>(function), *this, std::forward<Arguments>(arguments)...);
+    };
+    if constexpr (requires { engine_.launch_options(); } && Strategy::facts.start_method != StartMethod::popen) {
+      using Result = std::remove_cvref_t<std::invoke_result_t<Function, Fabric&, Arguments...>>;
+      return detail::launch_function<Result>(selection_, engine_.launch_options(), [&]() -> Result {
+        const std::shared_ptr<void> after(nullptr, [this](void*) { detail::leave_process_group(world_); });
+        return run();
+      });
+    } else {
+      return detail::telling_failures(run);
+    }
   }
 
   /// Prepares modules and optimizers for this Fabric: modules move to the device and become equal on all ranks. Returns
@@ -176,6 +195,11 @@ class Fabric {
         "fabric: setup_dataloader takes a dataset, not a loader: a loader's sampler cannot be made to deal rows to "
         "ranks");
     require_launch("setup_dataloader");
+    const std::string seed = options.shuffle ? ", seed " + std::to_string(options.seed) : "";
+    detail::require_agreement(world_, "setup_dataloader",
+                              {"rows " + std::to_string(dataset.size().value_or(0)),
+                               "batches of " + std::to_string(options.batch_size) +
+                                   (options.shuffle ? ", shuffled" : "") + (options.pad ? ", padded" : "") + seed});
     const Shares shares{.replicas = static_cast<std::size_t>(world_.size),
                         .rank = static_cast<std::size_t>(world_.global_rank),
                         .shuffle = options.shuffle,
@@ -190,11 +214,13 @@ class Fabric {
   void backward(const at::Tensor& loss, const at::Tensor& gradient = {}, bool retain_graph = false) {
     if (!loss.requires_grad()) [[unlikely]]
       refuse_loss(loss);
-    if constexpr (Plugin::has_scaler) {
-      scaler_->scale(loss).backward(gradient, retain_graph);
-    } else {
-      loss.backward(gradient, retain_graph);
-    }
+    detail::naming_collective(world_, [&] {
+      if constexpr (Plugin::has_scaler) {
+        scaler_->scale(loss).backward(gradient, retain_graph);
+      } else {
+        loss.backward(gradient, retain_graph);
+      }
+    });
     if constexpr (!std::is_empty_v<ModuleState>) {
       for (const KnownModule& known : modules_) {
         if (const auto state = known.state.lock()) Engine::after_backward(*state);
@@ -330,6 +356,10 @@ class Fabric {
     require_launch("load");
     return detail::Checkpointing<Io>::load(*this, path, state, strict, patience);
   }
+  /// True on all ranks, at the same call, once one of them has been sent SIGTERM or SIGUSR1: time to save, to leave the
+  /// loop and to end with `preempted_exit_code`. To be called by all ranks at the end of each step, where it costs
+  /// nothing. From the first call on, these signals no longer end the process.
+  [[nodiscard]] static bool should_stop() { return detail::should_stop(); }
 
   /// Waits for all ranks.
   void barrier() const {

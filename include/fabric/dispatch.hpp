@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <cstdlib>
 #include <memory>
 #include <string>
 #include <type_traits>
@@ -17,6 +18,7 @@
 #include "fabric/connector/resolve_here.hpp"
 #include "fabric/connector/selection.hpp"
 #include "fabric/error.hpp"
+#include "fabric/launch/processes.hpp"
 #include "fabric/loggers/logger.hpp"
 #include "fabric/policy/menu.hpp"
 
@@ -80,7 +82,7 @@ decltype(auto) visit_selected(const Selection& selection, Visit&& visit) {
 }
 
 /// Calls `run(fabric)` with a `Fabric` of the menu's entry that is selected, with these loggers and callbacks, and
-/// returns what it returns.
+/// returns what it returns. An exception that leaves it ends the job on all ranks.
 template <class Menu, class Run>
 decltype(auto) dispatch(const Selection& selection, Run&& run, const std::vector<std::shared_ptr<Logger>>& loggers = {},
                         const std::vector<std::shared_ptr<Callback>>& callbacks = {}) {
@@ -90,7 +92,7 @@ decltype(auto) dispatch(const Selection& selection, Run&& run, const std::vector
     options.loggers = loggers;
     options.callbacks = callbacks;
     F fabric(selection, std::move(options));
-    return run(fabric);
+    return detail::telling_failures([&]() -> decltype(auto) { return run(fabric); });
   });
 }
 
@@ -101,8 +103,8 @@ decltype(auto) dispatch(const Flags& flags, Run&& run, const std::vector<std::sh
   return dispatch<Menu>(resolve_for<Menu>(flags), std::forward<Run>(run), loggers, callbacks);
 }
 
-/// Adds `--accelerator`, `--strategy`, `--devices`, `--num-nodes`, `--precision` and `--environment` to a command line
-/// parser with CLI11's `add_option_function`, which fill `flags` while it parses.
+/// Adds `--accelerator`, `--strategy`, `--devices`, `--num-nodes`, `--precision`, `--environment` and `--log-dir` to a
+/// command line parser with CLI11's `add_option_function`, which fill `flags` while it parses.
 template <class App>
 void add_flags(App& app, Flags& flags) {
   using Value = const std::string&;
@@ -128,6 +130,9 @@ void add_flags(App& app, Flags& flags) {
           throw Error("fabric: --environment: '" + value + "' is no list of environments");
       },
       "torchelastic, slurm, lsf, mpi, kubeflow or local; -slurm turns one off; by default it is detected");
+  app.template add_option_function<std::string>(
+      "--log-dir", [](Value value) { setenv("FABRIC_LOG_DIR", value.c_str(), 1); },
+      "a folder in which each rank writes what it prints to a file of its own");
 }
 
 }  // namespace fabric

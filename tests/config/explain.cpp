@@ -83,3 +83,21 @@ TEST_CASE("every code that the connector reports has a sentence", "[issue-4.4]")
     CHECK(detail::sentence_of(sentence.code) == sentence.text);  // no code twice
   }
 }
+
+TEST_CASE("it says how processes share the cores", "[issue-6.1]") {
+  const Host host{.cores = 8};
+  const auto threads = [&](const Flags& flags, const Variables& variables) {
+    const Explained explained = explain(flags, variables, host);
+    REQUIRE(explained.ok);
+    CHECK(explained.choices.back().what == "threads");
+    return explained.choices.back();
+  };
+  CHECK(threads({.strategy = "ddp", .devices = 3}, {}).chosen == "2 for each process");
+  CHECK(threads({.strategy = "ddp", .devices = 16}, {}).chosen == "1 for each process");
+  CHECK(threads({.strategy = "ddp_fork", .devices = 2}, {}).because.starts_with("8 cores for 2 processes"));
+  CHECK(threads({.accelerator = "cpu"}, {}).chosen == "as LibTorch chooses");
+  const Variable set[]{{"OMP_NUM_THREADS", "3"}};
+  const Explanation chosen = threads({.strategy = "ddp", .devices = 2}, {set, 1});
+  CHECK(chosen.chosen == "3 for each process");
+  CHECK(chosen.because == "OMP_NUM_THREADS");
+}

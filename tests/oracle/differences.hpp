@@ -21,6 +21,10 @@ inline std::string difference_of(const fabric::Flags& flags, const fabric::Varia
   detail::merge_variables(state);
   if (!state.good()) return {};
   detail::check_flags(state);
+  if (!state.strategy_object && state.strategy.find("find_unused_parameters") != std::string_view::npos &&
+      state.strategy != DdpFindUnusedParameters::facts.flag) {
+    return "find_unused_parameters_of_each_kind";
+  }
   if (!state.good()) return {};
 
   const detail::Maybe<AcceleratorFacts> accelerator = state.accelerator_object;

@@ -3,6 +3,8 @@
 
 #include <cstdint>
 #include <cstring>
+#include <exception>
+#include <sstream>
 #include <string>
 #include <type_traits>
 #include <utility>
@@ -38,6 +40,43 @@ inline void check_mean(const at::Tensor& tensor, ReduceOp op) {
               " tensors is no such number: use ReduceOp::sum, or convert to a floating-point type first");
 }
 
+[[noreturn]] inline void refuse_collective(const World& world, const char* name, std::uint64_t number,
+                                           const at::Tensor& tensor, const std::string& reason) {
+  std::ostringstream text;
+  text << "fabric: " << name << " failed on rank " << world.global_rank << " of " << world.size
+       << ", as collective number " << number << " of its group";
+  if (tensor.defined()) text << ", with " << at::toString(tensor.scalar_type()) << ' ' << tensor.sizes();
+  throw Error(text.str() + ": " + reason);
+}
+
+/// Waits for a collective. One that fails, for want of time above all, says which it was.
+inline void finish(const World& world, const c10::intrusive_ptr<c10d::Work>& work, const char* name,
+                   const at::Tensor& tensor = {}) {
+  try {
+    work->wait();
+  } catch (const c10::Error& error) {
+    refuse_collective(world, name, work->getSequencenumber(), tensor, error.what_without_backtrace());
+  } catch (const std::exception& error) {
+    refuse_collective(world, name, work->getSequencenumber(), tensor, error.what());
+  }
+}
+
+/// Runs a backward, in which gradients are averaged. If that fails, the error says so, with the number that the last
+/// collective had.
+template <class Backward>
+void naming_collective(const World& world, Backward&& backward) {
+  try {
+    std::forward<Backward>(backward)();
+  } catch (const std::exception& error) {
+    const auto* known = dynamic_cast<const c10::Error*>(&error);
+    const std::string reason = known != nullptr ? known->what_without_backtrace() : error.what();
+    const auto says = [&](const char* word) { return reason.find(word) != std::string::npos; };
+    if (!world.group || !(says("gloo") || says("NCCL") || says("onnection") || says("Timed out"))) throw;
+    refuse_collective(world, "the all_reduce of gradients in backward", world.group->getSequenceNumberForGroup(), {},
+                      reason);
+  }
+}
+
 /// The contiguous copy, on the group's device, that a collective may write to.
 inline std::vector<at::Tensor> own_copy(const World& world, const at::Tensor& tensor) {
   return {tensor.detach().to(world.device).clone(at::MemoryFormat::Contiguous)};
@@ -50,7 +89,7 @@ inline void barrier(const World& world) {
   if (!world.group) return;
   c10d::BarrierOptions options;
   if (world.device.has_index()) options.device_ids = {world.device.index()};
-  world.group->barrier(options)->wait();
+  detail::finish(world, world.group->barrier(options), "barrier");
 }
 
 /// Each tensor of the tree combined over the ranks, on all of them. Shapes and dtypes are the same on each rank. The
@@ -64,7 +103,7 @@ requires(!std::is_arithmetic_v<tree::Bare<T>>)
     auto reduced = detail::own_copy(world, tensor);
     c10d::AllreduceOptions options;
     options.reduceOp = detail::c10d_op(op);
-    world.group->allreduce(reduced, options)->wait();
+    detail::finish(world, world.group->allreduce(reduced, options), "all_reduce", tensor);
     if (op == ReduceOp::mean) reduced[0].div_(world.size);
     return reduced[0].to(tensor.device());
   });
@@ -89,7 +128,7 @@ requires(!std::is_arithmetic_v<tree::Bare<T>>)
     c10d::ReduceOptions options;
     options.reduceOp = detail::c10d_op(op);
     options.rootRank = root;
-    world.group->reduce(reduced, options)->wait();
+    detail::finish(world, world.group->reduce(reduced, options), "reduce", tensor);
     if (world.global_rank != root) return tensor;
     if (op == ReduceOp::mean) reduced[0].div_(world.size);
     return reduced[0].to(tensor.device());
@@ -107,7 +146,7 @@ requires(!std::is_arithmetic_v<tree::Bare<T>>) [[nodiscard]] tree::Bare<T> all_g
     shape.insert(shape.end(), tensor.sizes().begin(), tensor.sizes().end());
     auto gathered = at::empty(shape, input[0].options());
     std::vector<std::vector<at::Tensor>> outputs{gathered.unbind(0)};
-    world.group->allgather(outputs, input)->wait();
+    detail::finish(world, world.group->allgather(outputs, input), "all_gather", tensor);
     return gathered.to(tensor.device());
   });
 }
@@ -121,7 +160,7 @@ requires(!std::is_arithmetic_v<tree::Bare<T>> && !std::is_same_v<tree::Bare<T>, 
     auto sent = detail::own_copy(world, tensor);
     c10d::BroadcastOptions options;
     options.rootRank = root;
-    world.group->broadcast(sent, options)->wait();
+    detail::finish(world, world.group->broadcast(sent, options), "broadcast", tensor);
     return sent[0].to(tensor.device());
   });
 }

@@ -3,15 +3,14 @@
 
 #include <chrono>
 #include <cstdint>
-#include <cstdlib>
-#include <map>
-#include <mutex>
+#include <memory>
 #include <string>
 #include <utility>
 
 #include <torch/csrc/distributed/c10d/PrefixStore.hpp>
 #include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
 #include <torch/csrc/distributed/c10d/ProcessGroupGloo.hpp>
+#include <torch/csrc/distributed/c10d/ProcessGroupWrapper.hpp>
 #include <torch/csrc/distributed/c10d/TCPStore.hpp>
 #include <torch/torch.h>
 #ifdef USE_C10D_NCCL
@@ -29,78 +28,57 @@ inline constexpr bool built_with_nccl = true;
 inline constexpr bool built_with_nccl = false;
 #endif
 
-/// Where the processes meet: a key-value store that one of them serves.
-struct Rendezvous {
-  std::string address;
-  int port = 0;        ///< 0: the server picks a free one.
-  bool serve = false;  ///< This process is the server.
-  std::chrono::milliseconds timeout{std::chrono::minutes(30)};
+/// What a process group is made of, besides its ranks.
+struct GroupOptions {
+  c10::intrusive_ptr<c10d::Store> store{};  ///< In which the ranks find each other; the group's keys get its name.
+  std::string name{};                       ///< The same on all ranks, and another one for each group.
+  std::string device{};  ///< Gloo: the address of this host at which the others reach it, or an interface.
+  bool device_is_interface = false;
+  std::chrono::milliseconds timeout{std::chrono::minutes(30)};  ///< Of each collective.
+  /// Compare each collective with those of the other ranks before it runs. Costs more than the collectives themselves.
+  bool detect_desync = false;
 };
 
 namespace detail {
 
-inline bool is_loopback(const std::string& address) { return address == "localhost" || address.starts_with("127."); }
-
-/// One connection a process for each meeting point: a second Fabric in the same process meets the same peers there. It
-/// is kept until the process ends, since a server that left early would take late comers' keys with it.
-inline c10::intrusive_ptr<c10d::TCPStore> shared_store(Rendezvous& where) {
-  static std::mutex mutex;
-  static std::map<std::pair<std::string, int>, c10::intrusive_ptr<c10d::TCPStore>> stores;
-  const std::lock_guard lock(mutex);
-  if (where.port != 0) {
-    if (const auto found = stores.find({where.address, where.port}); found != stores.end()) return found->second;
-  }
-  c10d::TCPStoreOptions options;
-  options.port = static_cast<std::uint16_t>(where.port);
-  options.isServer = where.serve;
-  options.waitWorkers = false;
-  options.timeout = where.timeout;
-  auto store = c10::make_intrusive<c10d::TCPStore>(where.address, options);
-  where.port = store->getPort();
-  stores.emplace(std::pair(where.address, where.port), store);
-  return store;
-}
-
-inline std::shared_ptr<::gloo::transport::Device> gloo_device(const std::string& main_address) {
-  if (const char* interface = std::getenv("GLOO_SOCKET_IFNAME")) {
-    return c10d::ProcessGroupGloo::createDeviceForInterface(interface);
-  }
-  // Looking up the host's own name can fail or be slow, and a job of one node need not do it.
-  if (is_loopback(main_address)) return c10d::ProcessGroupGloo::createDeviceForHostname("127.0.0.1");
-  return c10d::ProcessGroupGloo::createDefaultDevice();
+inline c10::intrusive_ptr<c10d::ProcessGroupGloo> make_gloo(const World& world, const GroupOptions& options,
+                                                            const c10::intrusive_ptr<c10d::Store>& store) {
+  auto gloo = c10d::ProcessGroupGloo::Options::create(options.timeout);
+  gloo->devices.push_back(options.device_is_interface
+                              ? c10d::ProcessGroupGloo::createDeviceForInterface(options.device)
+                              : c10d::ProcessGroupGloo::createDeviceForHostname(options.device));
+  return c10::make_intrusive<c10d::ProcessGroupGloo>(store, world.global_rank, world.size, std::move(gloo));
 }
 
 }  // namespace detail
 
-/// Makes the process group of `world`, whose ranks all call this in the same order: gloo for tensors on `cpu`, NCCL on
-/// `cuda`. Sets `where.port` to the server's. Throws `c10::Error` when the others do not come within the timeout.
+/// Makes a process group of `world`, whose ranks all call this in the same order: gloo for tensors on `cpu`, NCCL on
+/// `cuda`. Throws `c10::Error` when the others do not come within the timeout.
 [[nodiscard]] inline c10::intrusive_ptr<c10d::ProcessGroup> make_process_group(const World& world, at::Device device,
-                                                                               Rendezvous& where) {
-  static int groups = 0;  // ranks make their groups in the same order, so that equal numbers meet
-  // An elastic agent's store outlives the processes that it starts again.
-  const char* attempt = std::getenv("TORCHELASTIC_RESTART_COUNT");
-  const std::string prefix =
-      std::string("fabric/") + (attempt != nullptr ? attempt : "0") + "/" + std::to_string(groups++);
-  auto store = c10::make_intrusive<c10d::PrefixStore>(prefix, detail::shared_store(where));
+                                                                               const GroupOptions& options) {
+  const auto store = c10::make_intrusive<c10d::PrefixStore>(options.name, options.store);
   auto group = c10::make_intrusive<c10d::ProcessGroup>(store, world.global_rank, world.size);
+  auto type = c10d::ProcessGroup::BackendType::GLOO;
+  c10::intrusive_ptr<c10d::Backend> backend;
   if (device.is_cuda()) {
 #ifdef USE_C10D_NCCL
-    auto options = c10d::ProcessGroupNCCL::Options::create();
-    options->timeout = where.timeout;
-    group->setBackend(at::kCUDA, c10d::ProcessGroup::BackendType::NCCL,
-                      c10::make_intrusive<c10d::ProcessGroupNCCL>(store, world.global_rank, world.size, options));
-    group->setDefaultBackend(c10d::ProcessGroup::BackendType::NCCL);
+    type = c10d::ProcessGroup::BackendType::NCCL;
+    auto nccl = c10d::ProcessGroupNCCL::Options::create();
+    nccl->timeout = options.timeout;
+    backend = c10::make_intrusive<c10d::ProcessGroupNCCL>(store, world.global_rank, world.size, nccl);
 #else
     TORCH_CHECK(false, "fabric: this program was built without NCCL");
 #endif
   } else {
-    auto options = c10d::ProcessGroupGloo::Options::create(where.timeout);
-    options->devices.push_back(detail::gloo_device(where.address));
-    group->setBackend(at::kCPU, c10d::ProcessGroup::BackendType::GLOO,
-                      c10::make_intrusive<c10d::ProcessGroupGloo>(store, world.global_rank, world.size, options));
-    group->setDefaultBackend(c10d::ProcessGroup::BackendType::GLOO);
+    backend = detail::make_gloo(world, options, store);
   }
-  group->setGroupName(prefix);
+  if (options.detect_desync && world.size > 1) {
+    const auto apart = c10::make_intrusive<c10d::PrefixStore>("desync", store);
+    backend = c10::make_intrusive<c10d::ProcessGroupWrapper>(backend, detail::make_gloo(world, options, apart));
+  }
+  group->setBackend(device.type(), type, backend);
+  group->setDefaultBackend(type);
+  group->setGroupName(options.name);
   return group;
 }
 

@@ -83,6 +83,25 @@ inline std::string joined(const std::vector<std::string>& texts, std::string_vie
   return texts | ranges::views::join(separator) | ranges::to<std::string>;
 }
 
+/// How local processes share the cores.
+inline Explanation threads(const Selection& s, const Variables& variables, const Host& host) {
+  if (const Found<Variable> chosen = variables.find("OMP_NUM_THREADS")) {
+    return {"threads", std::string(chosen->value) + " for each process", "OMP_NUM_THREADS", {}, {}};
+  }
+  if (s.launcher == Launcher::none && !s.external_launch) {
+    return {"threads", "as LibTorch chooses", "one process has the cores for itself", {}, {}};
+  }
+  if (host.cores == 0) return {"threads", "not known", "the host's cores are not known", {}, {}};
+  const int processes = s.devices.count > 0 ? s.devices.count : 1;
+  const int each = host.cores > processes ? host.cores / processes : 1;
+  return {"threads",
+          std::to_string(each) + " for each process",
+          std::to_string(host.cores) + " cores for " + std::to_string(processes) +
+              " processes of this node; OMP_NUM_THREADS would change it",
+          {},
+          {}};
+}
+
 inline std::string rank_text(const Rank& rank) {
   return rank.known() ? std::to_string(rank.value) : "not known (" + std::string(name_of(rank.code)) + ")";
 }
@@ -156,6 +175,7 @@ inline void list_alternatives(std::vector<Explanation>& choices, const Selection
        "follows from environment, devices and num_nodes",
        {},
        {}},
+      detail::threads(r, variables, host),
   };
   if (from.devices == Source::flag) out.choices[1].because = "--devices";
   for (const Note note : r.notes) {

@@ -102,6 +102,7 @@ struct Host {
   MpiFacts mpi{};
   const HostFile* files = nullptr;
   std::size_t file_count = 0;
+  int cores = 0;  ///< Processor cores that this process may use; 0: not known.
 
   /// The file of that path, unless it cannot be read.
   [[nodiscard]] constexpr Found<HostFile> file(std::string_view path) const {

@@ -13,6 +13,7 @@
 #include <string_view>
 #include <vector>
 
+#include "fabric/connector/cores.hpp"
 #include "fabric/connector/cuda_visible_devices.hpp"
 #include "fabric/connector/host.hpp"
 
@@ -138,6 +139,7 @@ class ProbedHost {
     char name[256]{};
     if (gethostname(name, sizeof name - 1) == 0) host_.hostname = keep(name);
     host_.srun = detail::on_path(variables.get("PATH"), "srun");
+    host_.cores = detail::count_usable_cores();
     host_.interactive = detail::runs_in_interpreter();
 #ifdef __APPLE__
     host_.mps = true;

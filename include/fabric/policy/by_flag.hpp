@@ -30,6 +30,16 @@ constexpr auto by_flag(boost::hana::basic_type<Policy> policy) {
   return boost::hana::make_pair(flag_string<Policy>(std::make_index_sequence<Policy::facts.flag.length>{}), policy);
 }
 
+/// A policy under another name than its own.
+template <Name name, class Policy, std::size_t... i>
+constexpr auto by_name(std::index_sequence<i...>) {
+  return boost::hana::make_pair(boost::hana::string_c<name.bytes[i]...>, boost::hana::type_c<Policy>);
+}
+template <Name name, class Policy>
+constexpr auto by_name() {
+  return by_name<name, Policy>(std::make_index_sequence<name.length>{});
+}
+
 }  // namespace detail
 
 /// Policies by their own flag, as a Boost.Hana map from strings to types:
@@ -42,18 +52,20 @@ inline constexpr auto by_flag = boost::hana::make_map(detail::by_flag(boost::han
 template <class... Extra>
 inline constexpr auto accelerators_by_flag = by_flag<Cpu, Cuda, Mps, Xla, Extra...>;
 
-/// All strategies by flag, likewise. `deepspeed` and `single_tpu` are other names of `deepspeed_stage_2` and
-/// `single_xla`.
+/// All strategies by flag, likewise. `deepspeed`, `single_tpu` and those in `_false` are other names.
 template <class... Extra>
 inline constexpr auto strategies_by_flag = boost::hana::make_map(
-    boost::hana::make_pair(boost::hana::string_c<'d', 'e', 'e', 'p', 's', 'p', 'e', 'e', 'd'>,
-                           boost::hana::type_c<DeepSpeed<>>),
-    boost::hana::make_pair(boost::hana::string_c<'s', 'i', 'n', 'g', 'l', 'e', '_', 't', 'p', 'u'>,
-                           boost::hana::type_c<SingleDeviceXla>),
-    detail::by_flag(boost::hana::type_c<Ddp>), detail::by_flag(boost::hana::type_c<DdpSpawn>),
-    detail::by_flag(boost::hana::type_c<DdpFork>), detail::by_flag(boost::hana::type_c<DdpNotebook>),
-    detail::by_flag(boost::hana::type_c<DdpFindUnusedParameters>), detail::by_flag(boost::hana::type_c<DataParallel>),
-    detail::by_flag(boost::hana::type_c<DeepSpeed<1>>),
+    detail::by_name<"deepspeed", DeepSpeed<>>(), detail::by_name<"single_tpu", SingleDeviceXla>(),
+    detail::by_name<"ddp_find_unused_parameters_false", Ddp>(),
+    detail::by_name<"ddp_spawn_find_unused_parameters_false", DdpSpawn>(),
+    detail::by_name<"ddp_fork_find_unused_parameters_false", DdpFork>(),
+    detail::by_name<"ddp_notebook_find_unused_parameters_false", DdpNotebook>(),
+    detail::by_flag(boost::hana::type_c<DdpSpawnFindUnusedParameters>),
+    detail::by_flag(boost::hana::type_c<DdpForkFindUnusedParameters>),
+    detail::by_flag(boost::hana::type_c<DdpNotebookFindUnusedParameters>), detail::by_flag(boost::hana::type_c<Ddp>),
+    detail::by_flag(boost::hana::type_c<DdpSpawn>), detail::by_flag(boost::hana::type_c<DdpFork>),
+    detail::by_flag(boost::hana::type_c<DdpNotebook>), detail::by_flag(boost::hana::type_c<DdpFindUnusedParameters>),
+    detail::by_flag(boost::hana::type_c<DataParallel>), detail::by_flag(boost::hana::type_c<DeepSpeed<1>>),
     detail::by_flag(boost::hana::type_c<DeepSpeed<1, Offload::cpu>>),
     detail::by_flag(boost::hana::type_c<DeepSpeed<2>>),
     detail::by_flag(boost::hana::type_c<DeepSpeed<2, Offload::cpu>>),

@@ -20,7 +20,8 @@ template <class = void>
 inline constexpr auto built_in_accelerators = boost::hana::tuple_t<Cpu, Cuda, Mps, Xla>;
 template <class = void>
 inline constexpr auto built_in_strategies =
-    boost::hana::tuple_t<SingleDevice, Ddp, DdpFindUnusedParameters, DdpSpawn, DdpFork, DdpNotebook, DataParallel, Fsdp,
+    boost::hana::tuple_t<SingleDevice, Ddp, DdpFindUnusedParameters, DdpSpawn, DdpSpawnFindUnusedParameters, DdpFork,
+                         DdpForkFindUnusedParameters, DdpNotebook, DdpNotebookFindUnusedParameters, DataParallel, Fsdp,
                          FsdpCpuOffload, DeepSpeed<1>, DeepSpeed<1, Offload::cpu>, DeepSpeed<2>,
                          DeepSpeed<2, Offload::cpu>, DeepSpeed<3>, DeepSpeed<3, Offload::cpu>,
                          DeepSpeed<3, Offload::nvme>, ModelParallel, SingleDeviceXla, XlaDdp, XlaFsdp>;
@@ -87,7 +88,7 @@ inline constexpr std::array<AcceleratorEntry, 4> accelerator_entries{{{Cpu::fact
                                                                       {Mps::facts.flag, &Mps::facts},
                                                                       {Xla::facts.flag, &Xla::facts}}};
 
-inline constexpr std::array<StrategyEntry, 21> strategy_entries{{
+inline constexpr std::array<StrategyEntry, 28> strategy_entries{{
     {"ddp", &Ddp::facts},
     {"ddp_spawn", &DdpSpawn::facts},
     {"ddp_fork", &DdpFork::facts},
@@ -109,6 +110,13 @@ inline constexpr std::array<StrategyEntry, 21> strategy_entries{{
     {"xla_fsdp", &XlaFsdp::facts},
     {"xla", &XlaDdp::facts},
     {"single_tpu", &SingleDeviceXla::facts},
+    {"ddp_find_unused_parameters_false", &Ddp::facts},
+    {"ddp_spawn_find_unused_parameters_true", &DdpSpawnFindUnusedParameters::facts},
+    {"ddp_spawn_find_unused_parameters_false", &DdpSpawn::facts},
+    {"ddp_fork_find_unused_parameters_true", &DdpForkFindUnusedParameters::facts},
+    {"ddp_fork_find_unused_parameters_false", &DdpFork::facts},
+    {"ddp_notebook_find_unused_parameters_true", &DdpNotebookFindUnusedParameters::facts},
+    {"ddp_notebook_find_unused_parameters_false", &DdpNotebook::facts},
 }};
 
 /// The library's entries with the program's behind them.

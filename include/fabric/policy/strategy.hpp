@@ -99,16 +99,43 @@ struct DdpSpawn {
       .name = "DdpSpawn", .flag = "ddp_spawn", .family = StrategyFamily::ddp, .start_method = StartMethod::spawn};
 };
 
+/// `DdpSpawn` that tolerates parameters which took no part in the loss.
+struct DdpSpawnFindUnusedParameters {
+  static constexpr StrategyFacts facts{.name = "DdpSpawnFindUnusedParameters",
+                                       .flag = "ddp_spawn_find_unused_parameters_true",
+                                       .family = StrategyFamily::ddp,
+                                       .start_method = StartMethod::spawn,
+                                       .find_unused_parameters = true};
+};
+
 /// `Ddp` whose processes are forked for one function.
 struct DdpFork {
   static constexpr StrategyFacts facts{
       .name = "DdpFork", .flag = "ddp_fork", .family = StrategyFamily::ddp, .start_method = StartMethod::fork};
 };
 
+/// `DdpFork` that tolerates parameters which took no part in the loss.
+struct DdpForkFindUnusedParameters {
+  static constexpr StrategyFacts facts{.name = "DdpForkFindUnusedParameters",
+                                       .flag = "ddp_fork_find_unused_parameters_true",
+                                       .family = StrategyFamily::ddp,
+                                       .start_method = StartMethod::fork,
+                                       .find_unused_parameters = true};
+};
+
 /// `DdpFork` under the name that notebooks use.
 struct DdpNotebook {
   static constexpr StrategyFacts facts{
       .name = "DdpNotebook", .flag = "ddp_notebook", .family = StrategyFamily::ddp, .start_method = StartMethod::fork};
+};
+
+/// `DdpNotebook` that tolerates parameters which took no part in the loss.
+struct DdpNotebookFindUnusedParameters {
+  static constexpr StrategyFacts facts{.name = "DdpNotebookFindUnusedParameters",
+                                       .flag = "ddp_notebook_find_unused_parameters_true",
+                                       .family = StrategyFamily::ddp,
+                                       .start_method = StartMethod::fork,
+                                       .find_unused_parameters = true};
 };
 
 /// Fully sharded data parallel (Zhao et al., "PyTorch FSDP", VLDB 2023).

@@ -16,6 +16,7 @@
 #include <torch/csrc/distributed/c10d/logger.hpp>
 #include <torch/torch.h>
 
+#include "fabric/comm/agreement.hpp"
 #include "fabric/comm/world.hpp"
 #include "fabric/connector/selection.hpp"
 #include "fabric/error.hpp"
@@ -36,19 +37,23 @@ struct DdpOptions {
   double bucket_cap_mb = 25;            ///< Size of the gradient buckets. The first one is 1 MB, to start early.
   GradientCompression compression = GradientCompression::none;
   std::chrono::milliseconds timeout{std::chrono::minutes(30)};  ///< Of each collective.
+  bool detect_desync = false;                                   ///< See LaunchOptions, as for the next one.
+  std::string log_dir{};
 };
 
 /// What `Ddp` keeps for a module: c10d's Reducer, which averages gradients bucket by bucket while backward still runs.
 template <bool find_unused_parameters>
 class DdpModule {
  public:
-  /// Makes parameters and buffers those of rank 0 on all ranks and hooks into backward. Throws `c10::Error` when the
-  /// ranks' modules do not have the same parameters.
+  /// Makes parameters and buffers those of rank 0 on all ranks and hooks into backward. Throws fabric::Error, on all of
+  /// them, when their modules do not have the same parameters and buffers.
   void setup(torch::nn::Module& module, const World& world, const DdpOptions& options) {
     group_ = world.group;
     options_ = options;
     std::vector<at::Tensor> replicated;
+    std::vector<std::string> description;
     for (const auto& [name, parameter] : parameters_of(module)) {
+      description.push_back(describe(name, parameter));
       replicated.push_back(parameter.detach());
       if (!parameter.requires_grad()) continue;
       names_.emplace(parameters_.size(), name);
@@ -56,7 +61,8 @@ class DdpModule {
     }
     buffers_ = module.buffers();
     for (const at::Tensor& buffer : buffers_) replicated.push_back(buffer.detach());
-    if (!parameters_.empty()) c10d::verify_params_across_processes(group_, parameters_, std::nullopt);
+    for (const auto& buffer : module.named_buffers()) description.push_back(describe(buffer.key(), buffer.value()));
+    detail::require_agreement(world, "setup", description);
     broadcast(replicated);
     if (parameters_.empty()) return;  // nothing to train, nothing to reduce
 
@@ -150,6 +156,13 @@ class DdpModule {
     reducer_->register_comm_hook(std::make_unique<CompressionHook<dtype>>(group_));
   }
 
+  /// "weight: Float [1, 2], trained".
+  static std::string describe(const std::string& name, const at::Tensor& tensor) {
+    std::ostringstream text;
+    text << name << ": " << at::toString(tensor.scalar_type()) << ' ' << tensor.sizes()
+         << (tensor.requires_grad() ? ", trained" : "");
+    return text.str();
+  }
   /// Gives all ranks rank 0's buffers, if a forward may have changed them since.
   void share_buffers() {
     if (!options_.broadcast_buffers || !std::exchange(buffers_differ_, false)) return;
@@ -239,7 +252,10 @@ class DdpEngine {
   }
 
   World launch(const Selection& selection, at::Device device) {
-    return join_world(selection, device, options_.timeout);
+    return join_world(selection, device, launch_options());
+  }
+  [[nodiscard]] LaunchOptions launch_options() const {
+    return {.timeout = options_.timeout, .detect_desync = options_.detect_desync, .log_dir = options_.log_dir};
   }
   void setup(ModuleState& state, torch::nn::Module& module, const World& world) {
     state.setup(module, world, options_);
@@ -263,16 +279,11 @@ inline constexpr bool has_collectives = std::same_as<A, Cpu> || (std::same_as<A,
 
 }  // namespace detail
 
-template <class A>
-requires detail::has_collectives<A>
-class Engine<A, Ddp> : public detail::DdpEngine<A, false> {
-  using detail::DdpEngine<A, false>::DdpEngine;
-};
-
-template <class A>
-requires detail::has_collectives<A>
-class Engine<A, DdpFindUnusedParameters> : public detail::DdpEngine<A, true> {
-  using detail::DdpEngine<A, true>::DdpEngine;
+/// All of the family: they differ in how their processes begin, which `launch` reads from the selection.
+template <class A, class S>
+requires(detail::has_collectives<A>&& S::facts.built_in&& S::facts.family == StrategyFamily::ddp) class Engine<A, S>
+    : public detail::DdpEngine<A, S::facts.find_unused_parameters> {
+  using detail::DdpEngine<A, S::facts.find_unused_parameters>::DdpEngine;
 };
 
 }  // namespace fabric

@@ -35,8 +35,8 @@ namespace detail {
 
 /// Processes on GPUs talk by NCCL.
 template <class A, class S>
-inline constexpr bool needs_nccl = A::facts.device == DeviceType::cuda&& S::facts.family ==
-                                   StrategyFamily::ddp&& S::facts.start_method == StartMethod::popen;
+inline constexpr bool needs_nccl =
+    A::facts.device == DeviceType::cuda&& S::facts.family == StrategyFamily::ddp&& S::facts.built_in;
 
 /// The code behind policies; a stand-in for policies that are refused, so that the message is not buried under errors
 /// that follow from it.

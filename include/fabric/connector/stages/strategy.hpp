@@ -45,7 +45,8 @@ constexpr void settle_strategy(State& state) {
     out.sources.strategy = Source::fallback;
     state.note(Note::dp_on_cpu_to_ddp);
   }
-  if ((state.strategy == "ddp_fork" || state.strategy == "ddp_notebook") && !state.host.fork) {
+  if (!state.strategy_object && out.strategy.family == StrategyFamily::ddp &&
+      out.strategy.start_method == StartMethod::fork && !state.host.fork) {
     state.refuse(Problem(Code::fork_unsupported, "strategy", state.strategy));
   }
   if (state.refused_by(RuleId::fsdp_needs_gpus)) state.refuse(Problem(Code::fsdp_needs_gpu, "strategy"));

@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+# timeout: 240
+"""[issue-6.2] [issue-6.6] A real Slurm: srun on two nodes, inside salloc, torchrun inside an allocation; preemption."""
+
+import os
+import re
+import subprocess
+import sys
+import time
+
+from launchers import Launcher, Running, Slurm, alive, environment, job, root
+
+# The two nodes are this machine under two names, which nothing resolves.
+here = {"MASTER_ADDR": "127.0.0.1"}
+
+
+class Srun(Launcher):
+    name = "srun"
+    ranks = 4
+    nodes = 2
+
+    def start(self, arguments, variables=None):
+        # --kill-on-bad-exit=0: the library ends its processes itself.
+        return Running(["srun", "--kill-on-bad-exit=0", "--nodes=2", "--ntasks-per-node=2", job, *self.flags(*arguments)],
+                       {**here, **(variables or {})})
+
+
+class SrunInAllocation(Srun):
+    def start(self, arguments, variables=None):
+        return Running(["salloc", "--job-name=train", "--nodes=2", "--ntasks-per-node=2", "srun", job, *self.flags(*arguments)], {**here, **(variables or {})})
+
+
+def slurm_says(*command):
+    return subprocess.run(command, env=environment(), stdout=subprocess.PIPE, text=True, check=True).stdout
+
+
+def wait_until(what, seconds=60):
+    end = time.monotonic() + seconds
+    while not (value := what()):
+        assert time.monotonic() < end, what
+        time.sleep(0.1)
+    return value
+
+
+def read(path):
+    try:
+        with open(path) as file:
+            return file.read()
+    except FileNotFoundError:
+        return ""
+
+
+def check_torchrun_in_allocation(folder):
+    """One agent a node, which start two ranks each."""
+    python = os.path.join(root, "third_party", "python", "bin", "python")
+    if not os.access(python, os.X_OK):
+        print("no torchrun: skipped that part")
+        return
+    flags = Srun().flags("--job", "train")
+    running = Running(["salloc", "--nodes=2", "--ntasks-per-node=1", "srun", python, "-m", "torch.distributed.run",
+                       "--no-python", "--nnodes", "2", "--nproc-per-node", "2", "--rdzv-backend", "c10d",
+                       "--rdzv-endpoint", "127.0.0.1:29411", "--rdzv-id", "allocation", job, *flags])
+    assert running.wait(120) == 0, running.text
+    assert len(re.findall(r"rank \d is process \d+ local=[01] node=[01] size=4", running.text)) == 4, running.text
+    assert running.text.count("result=") == 1, running.text
+
+
+def check_preemption(folder):
+    """The ranks save and leave together when the job is signalled, and go on where they were once it is requeued."""
+    counter, output, script = (os.path.join(folder, name) for name in ("counter", "output", "script"))
+    steps = 400
+    with open(script, "w") as file:
+        command = " ".join([job, *Srun().flags("--job", "count", "--counter", counter, "--steps", str(steps))])
+        file.write(f"""#!/bin/sh
+#SBATCH --nodes=2 --ntasks-per-node=2 --requeue --open-mode=append --output={output}
+trap '' USR1 # for the tasks
+srun {command}
+code=$?
+echo "the step ended with $code"
+[ $code = 75 ] && scontrol requeue $SLURM_JOB_ID
+exit $code
+""")
+    submitted = subprocess.run(["sbatch", "--parsable", script], env=environment(**here), cwd=folder,
+                               stdout=subprocess.PIPE, text=True, check=True)
+    number = submitted.stdout.strip()
+    wait_until(lambda: re.search(r"\d", read(counter)))
+    slurm_says("scancel", "--signal=USR1", number)
+    wait_until(lambda: "the step ended with 75" in read(output))
+    first = read(output)
+    stops = re.findall(r"rank \d stops after step (\d+)", first)
+    assert len(stops) == 4 and len(set(stops)) == 1, first
+    # Slurm lets a job rest for two minutes before it begins again: not here.
+    wait_until(lambda: "PENDING" in slurm_says("scontrol", "show", "job", number))
+    slurm_says("scontrol", "update", "JobId=" + number, "StartTime=now")
+    try:
+        wait_until(lambda: f"begins at step {stops[0]}\n" in read(output), 100)
+        wait_until(lambda: f"result={steps}." in read(output), 60)
+    except AssertionError:
+        print(read(output), slurm_says("squeue"), slurm_says("scontrol", "show", "job", number))
+        raise
+
+
+with Slurm() as slurm:
+    Srun().check()
+    SrunInAllocation().right_ranks()
+    unnamed = Running(["salloc", "--nodes=2", "--ntasks-per-node=2", "srun", job, *Srun().flags()], here)
+    assert unnamed.wait() != 0 and "name the job, or set LT_ENVIRONMENT=slurm" in unnamed.text, unnamed.text
+    check_torchrun_in_allocation(slurm.folder)
+    check_preemption(slurm.folder)

@@ -1,0 +1,47 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <chrono>
+#include <cstddef>
+#include <cstdlib>
+#include <fstream>
+#include <string>
+
+#include <unistd.h>
+
+namespace fabric::tests {
+
+/// One line to standard output, in one write.
+inline void say(const std::string& text) {
+  const std::string line = text + "\n";
+  (void)!write(STDOUT_FILENO, line.data(), line.size());
+}
+
+/// Says "rank R is process P".
+inline void say_who(int rank) { say("rank " + std::to_string(rank) + " is process " + std::to_string(getpid())); }
+
+/// The process that said it is that rank; -1 if none did.
+inline pid_t process_of(const std::string& output, int rank) {
+  const std::string text = "rank " + std::to_string(rank) + " is process ";
+  const auto at = output.find(text);
+  return at == std::string::npos ? -1 : std::atoi(output.c_str() + at + text.size());
+}
+
+/// Does the process run? One that has ended but that nobody has asked for does not.
+inline bool alive(pid_t pid) {
+  std::ifstream stat("/proc/" + std::to_string(pid) + "/stat");
+  std::string text;
+  return std::getline(stat, text) && text.substr(text.rfind(')'), 3) != ") Z";
+}
+
+inline std::size_t count(const std::string& text, const std::string& what) {
+  std::size_t found = 0;
+  for (auto at = text.find(what); at != std::string::npos; at = text.find(what, at + 1)) ++found;
+  return found;
+}
+
+inline double seconds_since(std::chrono::steady_clock::time_point start) {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+}
+
+}  // namespace fabric::tests
