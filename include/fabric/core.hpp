@@ -356,6 +356,7 @@ class Fabric {
     require_launch("load");
     return detail::Checkpointing<Io>::load(*this, path, state, strict, patience);
   }
+
   /// True on all ranks, at the same call, once one of them has been sent SIGTERM or SIGUSR1: time to save, to leave the
   /// loop and to end with `preempted_exit_code`. To be called by all ranks at the end of each step, where it costs
   /// nothing. From the first call on, these signals no longer end the process.

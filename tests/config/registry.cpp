@@ -7,8 +7,8 @@
 #include <boost/hana/string.hpp>
 
 #include "fabric/config.hpp"
-#include "fabric/policy/by_flag.hpp"
 #include "fabric/connector/message.hpp"
+#include "fabric/policy/by_flag.hpp"
 #include "support/catch.hpp"
 
 using namespace fabric;
