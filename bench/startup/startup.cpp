@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // From the start of a program to the end of its first training step on two processes, beside Python's Lightning Fabric,
-// if tools/install-python has made its environment. Rounds in turns, since what else the machine does changes with time.
+// if tools/install-python has made its environment. Rounds in turns, since what else the machine does changes with
+// time.
 //   bench_startup OUT.json [--quick]
 //
 // With `job` as its argument, this program is the one that is measured.
