@@ -236,8 +236,8 @@ TEST_CASE("[issue-6.1] local ranks share the cores, unless the user has said how
   const int each = std::max(1, static_cast<int>(std::thread::hardware_concurrency()) / 2);
   // The tests' own processes are told to use one thread.
   const auto threads = [](const std::string& setting) {
-    return std::make_unique<Process>(std::vector<std::string>{
-        "sh", "-c", setting + "; exec \"$0\" job threads", FABRIC_BIN "/distributed_start_methods"});
+    return std::make_unique<Process>(std::vector<std::string>{"sh", "-c", setting + "; exec \"$0\" job threads",
+                                                              FABRIC_BIN "/distributed_start_methods"});
   };
   const auto process = threads("unset OMP_NUM_THREADS");
   CHECK(process->wait() == 0);
