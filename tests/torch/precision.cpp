@@ -1,4 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
+// labels: torch precision
 //
 // What each precision does to tensors, modules and the process's state, against the reference rows that Lightning gave.
 #include <map>
@@ -54,11 +55,11 @@ struct BuffersImpl : torch::nn::Module {
   }
 };
 
-struct State {
+struct ThreadState {
   at::ScalarType dtype = default_dtype();
   bool autocast = at::autocast::is_autocast_enabled(at::kCPU);
   at::ScalarType autocast_dtype = at::autocast::get_autocast_dtype(at::kCPU);
-  friend bool operator==(const State&, const State&) = default;
+  friend bool operator==(const ThreadState&, const ThreadState&) = default;
 };
 
 /// Does a plugin convert a module as the row says?
@@ -98,13 +99,13 @@ void check_inputs_and_outputs(const Json& row) {
 /// The process's state while a module is made and while it runs, and afterwards, also after an exception.
 template <class Plugin>
 void check_contexts(const Json& row, at::DeviceType device) {
-  const State before;
+  const ThreadState before;
   {
     [[maybe_unused]] const typename Plugin::InitContext context;
     CHECK(default_dtype() == dtype(row["module_init_context"]["default"]));
     CHECK(dtype_of_new_linear() == dtype(row["module_init_context"]["new_linear"]));
   }
-  CHECK(State() == before);
+  CHECK(ThreadState() == before);
   const Json& inside = row["forward_context"];
   {
     typename Plugin::ForwardContext context(device);
@@ -116,7 +117,7 @@ void check_contexts(const Json& row, at::DeviceType device) {
       CHECK(at::autocast::get_autocast_dtype(device) == dtype(type));
     }
   }
-  CHECK(State() == before);
+  CHECK(ThreadState() == before);
   CHECK_FALSE(at::autocast::is_autocast_enabled(device));
   CHECK_THROWS([&] {
     typename Plugin::ForwardContext context(device);
@@ -126,7 +127,7 @@ void check_contexts(const Json& row, at::DeviceType device) {
     [[maybe_unused]] const typename Plugin::InitContext context;
     throw std::runtime_error("from a constructor");
   }());
-  CHECK(State() == before);
+  CHECK(ThreadState() == before);
 }
 
 /// The state that is saved with a checkpoint: that of the scaler, if there is one.
@@ -292,7 +293,7 @@ TEST_CASE("[issue-3.4] a tensor that has the dtype already is not copied") {
 }
 
 TEST_CASE("[issue-3.4] nested autocast keeps its cache of cast weights until the outermost ends") {
-  const State before;
+  const ThreadState before;
   {
     const AutocastGuard outer(at::kCPU, at::kBFloat16);
     {
@@ -302,7 +303,7 @@ TEST_CASE("[issue-3.4] nested autocast keeps its cache of cast weights until the
     CHECK(at::autocast::get_autocast_dtype(at::kCPU) == at::kBFloat16);
     CHECK(at::autocast::is_autocast_enabled(at::kCPU));
   }
-  CHECK(State() == before);
+  CHECK(ThreadState() == before);
 }
 
 namespace {
@@ -424,10 +425,10 @@ TEST_CASE("[issue-3.6] autocast() runs operators outside a module as in its forw
 
 TEST_CASE("[issue-3.4] an exception in forward leaves the process's state as it was") {
   const auto throws = [](const at::Tensor&) -> at::Tensor { throw std::runtime_error("from forward"); };
-  const State before;
+  const ThreadState before;
   Fabric<Cpu, SingleDevice, BF16Mixed> mixed;
   CHECK_THROWS_WITH(mixed.setup(torch::nn::Functional(throws))(torch::ones({1})), "from forward");
   Fabric<Cpu, SingleDevice, F64> f64;
   CHECK_THROWS_WITH(f64.setup(torch::nn::Functional(throws))(torch::ones({1})), "from forward");
-  CHECK(State() == before);
+  CHECK(ThreadState() == before);
 }
