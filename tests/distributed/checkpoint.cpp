@@ -16,6 +16,7 @@
 #include <map>
 #include <random>
 #include <string>
+#include <string_view>
 #include <thread>
 #include <utility>
 #include <vector>
@@ -232,11 +233,13 @@ Process job(const std::string& name, const Folder& folder, std::vector<Process::
   return Process({"/proc/self/exe", "job", name}, variables);
 }
 
-/// The lines that begin with `word`, sorted: two ranks print at the same time.
+/// The lines that begin with `word`, behind the label of a child's, sorted: two ranks print at the same time.
 std::vector<std::string> lines(const std::string& text, const std::string& word) {
   std::vector<std::string> found;
   for (std::size_t at = 0; at < text.size();) {
     const std::size_t end = std::min(text.find('\n', at), text.size());
+    constexpr std::string_view label = "[rank 1] ";
+    if (text.compare(at, label.size(), label) == 0) at += label.size();
     if (text.compare(at, word.size(), word) == 0) found.push_back(text.substr(at, end - at));
     at = end + 1;
   }
