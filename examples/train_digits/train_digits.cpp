@@ -14,6 +14,7 @@
 
 #include <CLI/CLI.hpp>
 #include <fabric/checkpoint.hpp>
+#include <fabric/connector/explain.hpp>
 #include <fabric/fabric.hpp>
 #include <fabric/precision/transformer_engine.hpp>
 #include <fmt/format.h>
