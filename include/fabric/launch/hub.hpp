@@ -123,6 +123,7 @@ class Hub {
     int code;
     std::string reason;
     bool died;  ///< Without having said so: nobody else's failure can be the reason.
+    bool told;  ///< By the process that started it.
   };
   using State = Member::State;
 
@@ -219,7 +220,7 @@ class Hub {
         Member& about = members_[static_cast<std::size_t>(message->rank)];
         if (about.state == State::failed) continue;
         if (itself) about.state = State::failed;
-        suspect({message->rank, message->number, message->text, !itself});
+        suspect({message->rank, message->number, message->text, !itself, !itself});
       } else if (message->kind == Message::goodbye) {
         member.state = State::left;
         const auto gone = [](const Member& each) { return each.state == State::left; };
@@ -238,20 +239,26 @@ class Hub {
     member.link.close();
     if (member.state != State::present) return;
     suspect({rank, 128 + 9,
-             "ended without a word: it was killed (for want of memory?), it crashed, or its host is gone", true});
+             "ended without a word: it was killed (for want of memory?), it crashed, or its host is gone", true,
+             false});
   }
 
   void suspect(Suspect one) {
     if (ended_) return;
     for (Suspect& known : suspects_) {
-      // How a child ended is better known to the process that started it.
-      if (known.rank == one.rank && known.died) return void(known = std::move(one));
+      if (known.rank != one.rank || !known.died) continue;
+      // How a child ended is better known to the process that started it, and then there is nothing to wait for.
+      known = std::move(one);
+      decide_at_ = Clock::now();
+      return;
     }
     // A rank that dies takes the collectives of others along, and they may be heard first. But where a death is known
-    // there is nothing to wait for, except the words of whoever started that process.
-    const auto patience = std::chrono::milliseconds(one.died && !options_.has_children ? 0 : 300);
-    if (!decide_at_ || one.died)
-      decide_at_ = std::min(decide_at_.value_or(Clock::time_point::max()), Clock::now() + patience);
+    // there is nothing to wait for, except the words of whoever started that process, who may be late on a busy host.
+    const bool awaits_words = one.died && !one.told && options_.has_children;
+    const int patience = awaits_words ? 2000 : one.died ? 0 : 300;
+    const bool first_death =
+        one.died && std::none_of(suspects_.begin(), suspects_.end(), [](const Suspect& s) { return s.died; });
+    if (!decide_at_ || first_death) decide_at_ = Clock::now() + std::chrono::milliseconds(patience);
     suspects_.push_back(std::move(one));
   }
 
