@@ -197,9 +197,11 @@ class Fabric {
     require_launch("setup_dataloader");
     using Loader = typename LoaderFor<std::remove_cvref_t<Dataset>>::type;
     if constexpr (StreamsRows<std::remove_cvref_t<Dataset>>) {
+      const bool ends = std::remove_cvref_t<Dataset>::is_stateful || dataset.size().has_value();
       detail::require_agreement(
           world_, "setup_dataloader",
-          {"a stream", "batches of " + std::to_string(options.batch_size) + (options.drop_last ? ", full" : "")});
+          {std::string("a stream ") + (ends ? "with an end" : "without end"),
+           "batches of " + std::to_string(options.batch_size) + (options.drop_last ? ", full" : "")});
       return Loader(std::forward<Dataset>(dataset), world_, options, device_);
     } else {
       return Loader(std::forward<Dataset>(dataset), dealt(dataset.size(), options), options, device_);

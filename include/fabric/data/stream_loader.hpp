@@ -135,7 +135,8 @@ class StreamReader
 /// rank reads its own part. Of the data set (below `map`) these members are used where they are there:
 /// - `void shard(std::size_t rank, std::size_t replicas)`, called once before all else: read only that part, of which
 ///   `size()` then tells the rows. Needed where there are several ranks.
-/// - `void reset()` and, before it, `void set_epoch(std::uint64_t)` at the begin of an epoch.
+/// - `void reset()` and, before it, `void set_epoch(std::uint64_t)` at the begin of an epoch. Without `reset()` each
+///   epoch goes on behind what was read for the one before.
 /// - `Value state_dict() const` and `void load_state_dict(const Value&)`: its place inside an epoch. It is asked after
 ///   each batch. Without them, going on in the middle of an epoch reads its first batches once more and drops them.
 ///
