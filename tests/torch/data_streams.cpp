@@ -323,3 +323,27 @@ TEST_CASE("[issue-7.6] work on a side stream is marked there and waited for on t
   CHECK(side.join().id() == 3);
   CHECK(device_log == std::vector<std::string>{"copy on 7", "record on 7", "wait on 3"});
 }
+
+// Hidden, since it needs a GPU: torch_tests "[.cuda]".
+TEST_CASE("[issue-7.6] on a CUDA device each batch has its own values, however busy the streams are", "[.cuda]") {
+  const at::Device device(at::kCUDA, 0);
+  const auto copies = std::make_shared<fabric::detail::DeviceCopies>(device, /*prefetch=*/true);
+  REQUIRE(copies->beside());
+  constexpr std::int64_t size = 1 << 20;
+  int number = 0;
+  const auto read = [&]() -> std::optional<at::Tensor> {
+    return number == 100 ? std::nullopt : std::optional(torch::full({size}, number++, at::kLong));
+  };
+  fabric::detail::Batches<at::Tensor> batches(
+      read, [](bool /*more*/) {}, copies, /*ahead=*/true);
+  std::vector<at::Tensor> sums;
+  const auto slow = torch::rand({2048, 2048}, device);
+  while (const auto batch = batches.next()) {
+    CHECK(batch->device() == device);
+    (void)slow.mm(slow);  // so that the batch is read long after the loop has let go of it
+    sums.push_back(batch->sum());
+  }
+  REQUIRE(sums.size() == 100);
+  for (std::size_t i = 0; i < sums.size(); ++i)
+    CHECK(sums[i].item<std::int64_t>() == size * static_cast<std::int64_t>(i));
+}

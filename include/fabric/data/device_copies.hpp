@@ -2,7 +2,6 @@
 #pragma once
 
 #include <optional>
-#include <type_traits>
 #include <utility>
 
 #include <c10/core/Event.h>
@@ -54,8 +53,7 @@ class DeviceCopies {
 
   /// The batch on the device, not to be used before `finish`.
   template <class Batch>
-  [[nodiscard]] Batch start(Batch&& batch) {
-    static_assert(!std::is_reference_v<Batch>);
+  [[nodiscard]] Batch start(Batch batch) {
     if (!side_) return tree::map(std::move(batch), [this](const at::Tensor& tensor) { return tensor.to(device_); });
     Batch copy = tree::map(std::move(batch), [this](const at::Tensor& tensor) {
       if (!tensor.is_cpu() || tensor.layout() != at::kStrided) return tensor.to(device_);
