@@ -26,6 +26,7 @@
 #include "fabric/connector/resolve_here.hpp"
 #include "fabric/connector/selection.hpp"
 #include "fabric/data/data_loader.hpp"
+#include "fabric/data/stream_loader.hpp"
 #include "fabric/device.hpp"
 #include "fabric/error.hpp"
 #include "fabric/launch/preemption.hpp"
@@ -183,10 +184,9 @@ class Fabric {
   }
 
   /// Deals the rows of a `torch::data` dataset to the ranks, reshuffles them each epoch if asked, and moves each batch
-  /// to the device.
+  /// to the device. A data set that streams its rows gets a StreamLoader, which says what it must bring along.
   template <class Dataset>
-  [[nodiscard]] DataLoader<std::remove_cvref_t<Dataset>> setup_dataloader(Dataset&& dataset,
-                                                                          const LoaderOptions& options) {
+  [[nodiscard]] auto setup_dataloader(Dataset&& dataset, const LoaderOptions& options) {
     static_assert(
         requires {
           typename std::remove_cvref_t<Dataset>::BatchType;
@@ -195,17 +195,17 @@ class Fabric {
         "fabric: setup_dataloader takes a dataset, not a loader: a loader's sampler cannot be made to deal rows to "
         "ranks");
     require_launch("setup_dataloader");
-    const std::string seed = options.shuffle ? ", seed " + std::to_string(options.seed) : "";
-    detail::require_agreement(world_, "setup_dataloader",
-                              {"rows " + std::to_string(dataset.size().value_or(0)),
-                               "batches of " + std::to_string(options.batch_size) +
-                                   (options.shuffle ? ", shuffled" : "") + (options.pad ? ", padded" : "") + seed});
-    const Shares shares{.replicas = static_cast<std::size_t>(world_.size),
-                        .rank = static_cast<std::size_t>(world_.global_rank),
-                        .shuffle = options.shuffle,
-                        .seed = options.seed,
-                        .pad = options.pad};
-    return {std::forward<Dataset>(dataset), shares, options, device_};
+    using Loader = typename LoaderFor<std::remove_cvref_t<Dataset>>::type;
+    if constexpr (StreamsRows<std::remove_cvref_t<Dataset>>) {
+      const bool ends = std::remove_cvref_t<Dataset>::is_stateful || dataset.size().has_value();
+      detail::require_agreement(
+          world_, "setup_dataloader",
+          {std::string("a stream ") + (ends ? "with an end" : "without end"),
+           "batches of " + std::to_string(options.batch_size) + (options.drop_last ? ", full" : "")});
+      return Loader(std::forward<Dataset>(dataset), world_, options, device_);
+    } else {
+      return Loader(std::forward<Dataset>(dataset), dealt(dataset.size(), options), options, device_);
+    }
   }
 
   /// `loss.backward()`, with the gradients averaged over the ranks if the strategy does that, and of a scaled loss if
@@ -421,6 +421,20 @@ class Fabric {
     if constexpr (is_parallel(Strategy::facts)) {
       if (!launched_) throw Error(std::string("fabric: ") + what + " before launch(): call fabric.launch() first");
     }
+  }
+
+  /// How a dataset's rows are dealt to the ranks, who must agree on it.
+  [[nodiscard]] Shares dealt(std::optional<std::size_t> rows, const LoaderOptions& options) const {
+    const std::string seed = options.shuffle ? ", seed " + std::to_string(options.seed) : "";
+    detail::require_agreement(world_, "setup_dataloader",
+                              {"rows " + std::to_string(rows.value_or(0)),
+                               "batches of " + std::to_string(options.batch_size) +
+                                   (options.shuffle ? ", shuffled" : "") + (options.pad ? ", padded" : "") + seed});
+    return {.replicas = static_cast<std::size_t>(world_.size),
+            .rank = static_cast<std::size_t>(world_.global_rank),
+            .shuffle = options.shuffle,
+            .seed = options.seed,
+            .pad = options.pad};
   }
 
   [[noreturn]] static void refuse_loss(const at::Tensor& loss) {

@@ -3,15 +3,15 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <iterator>
 #include <memory>
 #include <utility>
 
 #include <torch/torch.h>
 
+#include "fabric/data/batches.hpp"
+#include "fabric/data/device_copies.hpp"
 #include "fabric/data/distributed_sampler.hpp"
 #include "fabric/error.hpp"
-#include "fabric/tree.hpp"
 
 namespace fabric {
 
@@ -25,6 +25,9 @@ struct LoaderOptions {
   bool drop_last = false;   ///< Leave out a last batch that is not full.
   bool pad = true;          ///< Repeat rows so that all ranks have equally many batches; see `Shares`.
   std::size_t workers = 0;  ///< Threads that read ahead.
+  /// On a CUDA device, copy each batch by way of pinned memory and a stream of its own while the loop has the one
+  /// before. Elsewhere it changes nothing.
+  bool prefetch = true;
 };
 
 /// Batches of this rank's rows, on its device. Each `begin()` starts the next epoch, with an order of its own if
@@ -34,12 +37,14 @@ class DataLoader {
  public:
   using Loader = decltype(torch::data::make_data_loader(std::declval<Dataset>(), std::declval<DistributedSampler>(),
                                                         torch::data::DataLoaderOptions()));
-  using TorchIterator = decltype(std::declval<Loader&>()->begin());
   using Batch = typename Dataset::BatchType;
 
   /// Throws fabric::Error for a dataset without a size or a batch size of zero.
   DataLoader(Dataset dataset, const Shares& shares, const LoaderOptions& options, at::Device device)
-      : options_(options), device_(device), dataset_(std::move(dataset)), sampler_(rows_of(dataset_), shares) {
+      : options_(options),
+        copies_(std::make_shared<detail::DeviceCopies>(device, options.prefetch)),
+        dataset_(std::move(dataset)),
+        sampler_(rows_of(dataset_), shares) {
     if (options.batch_size == 0) throw Error("fabric: setup_dataloader: batch_size is 0; one or more is legal");
   }
 
@@ -49,45 +54,7 @@ class DataLoader {
     std::size_t batches = 0;
   };
 
-  class Iterator {
-   public:
-    using iterator_category = std::input_iterator_tag;
-    using value_type = Batch;
-    using difference_type = std::ptrdiff_t;
-    using pointer = Batch*;
-    using reference = Batch&;
-
-    /// `given` counts the batches that the loop has got; null for an end.
-    Iterator(TorchIterator at, TorchIterator end, at::Device device, std::shared_ptr<Given> given)
-        : at_(std::move(at)), end_(std::move(end)), device_(device), given_(std::move(given)) {
-      take();
-    }
-    Batch& operator*() { return batch_; }
-    Batch* operator->() { return &batch_; }
-    Iterator& operator++() {
-      ++at_;
-      take();
-      return *this;
-    }
-    void operator++(int) { ++*this; }
-    bool operator==(const Iterator& other) const { return at_ == other.at_; }
-
-   private:
-    void take() {
-      if (at_ == end_) {
-        if (given_) *given_ = {given_->epoch + 1, 0};
-        given_.reset();
-        return;
-      }
-      batch_ = tree::map(std::move(*at_), [this](const at::Tensor& tensor) { return tensor.to(device_); });
-      if (given_) ++given_->batches;
-    }
-    TorchIterator at_;
-    TorchIterator end_;
-    at::Device device_;
-    std::shared_ptr<Given> given_;
-    Batch batch_{};
-  };
+  using Iterator = BatchIterator<Batch>;
 
   /// Begins the next epoch, or the one that `set_epoch` named, with threads of its own: a loop that was left early
   /// leaves nothing behind. After `load_state_dict`, it goes on with the epoch in which the state was saved.
@@ -98,10 +65,14 @@ class DataLoader {
     loader_ = torch::data::make_data_loader(
         dataset_, sampler_,
         torch::data::DataLoaderOptions(options_.batch_size).workers(options_.workers).drop_last(options_.drop_last));
-    return {loader_->begin(), loader_->end(), device_, given_};
+    const auto gave = [given = given_](bool more) {
+      *given = more ? Given{given->epoch, given->batches + 1} : Given{given->epoch + 1, 0};
+    };
+    return Iterator(std::make_shared<detail::Batches<Batch>>(detail::batches_of<Batch>(*loader_), gave, copies_,
+                                                             copies_->beside()));
   }
   /// The end of the epoch that `begin` began.
-  Iterator end() { return {loader_->end(), loader_->end(), device_, nullptr}; }
+  Iterator end() { return {}; }
 
   /// Batches per epoch on this rank.
   [[nodiscard]] std::size_t size() const {
@@ -140,7 +111,7 @@ class DataLoader {
   }
 
   LoaderOptions options_;
-  at::Device device_;
+  std::shared_ptr<detail::DeviceCopies> copies_;
   Given next_;
   std::shared_ptr<Given> given_;  // of the loop that runs, or ran last
   Dataset dataset_;

@@ -1,0 +1,82 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <optional>
+#include <utility>
+
+#include <c10/core/Event.h>
+#include <c10/core/StreamGuard.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
+#include <torch/torch.h>
+
+#include "fabric/tree.hpp"
+
+namespace fabric::detail {
+
+/// A stream of a device beside the current one. It knows CUDA only through LibTorch's registry of devices, so that it
+/// compiles without CUDA's headers.
+class SideStream {
+ public:
+  explicit SideStream(at::Device device)
+      : stream_(c10::impl::VirtualGuardImpl(device.type()).getStreamFromGlobalPool(device)), done_(device.type()) {}
+
+  /// Calls `work` with this stream as the current one.
+  template <class Work>
+  auto run(Work&& work) const {
+    const c10::StreamGuard guard(stream_);
+    return std::forward<Work>(work)();
+  }
+  /// Marks what was queued until now as that which `join` is about.
+  void mark() { done_.record(stream_); }
+  /// Lets the current stream, which it returns, wait for the mark; the host does not wait.
+  [[nodiscard]] c10::Stream join() const {
+    const c10::Stream current = c10::impl::VirtualGuardImpl(stream_.device_type()).getStream(stream_.device());
+    done_.block(current);
+    return current;
+  }
+
+ private:
+  c10::Stream stream_;
+  c10::Event done_;
+};
+
+/// Brings batches to a device: on a CUDA device with `prefetch` by way of pinned memory and a stream of its own, beside
+/// the kernels that run on the current one.
+class DeviceCopies {
+ public:
+  DeviceCopies(at::Device device, bool prefetch) : device_(device) {
+    if (prefetch && device.is_cuda()) side_.emplace(device);
+  }
+
+  /// Do copies run beside the kernels, so that it pays to begin them one batch ahead?
+  [[nodiscard]] bool beside() const { return side_.has_value(); }
+
+  /// The batch on the device, not to be used before `finish`.
+  template <class Batch>
+  [[nodiscard]] Batch start(Batch batch) {
+    if (!side_) return tree::map(std::move(batch), [this](const at::Tensor& tensor) { return tensor.to(device_); });
+    Batch copy = tree::map(std::move(batch), [this](const at::Tensor& tensor) {
+      if (!tensor.is_cpu() || tensor.layout() != at::kStrided) return tensor.to(device_);
+      return side_->run([&] { return tensor.pin_memory().to(device_, /*non_blocking=*/true); });
+    });
+    side_->mark();
+    return copy;
+  }
+
+  /// Makes the batch that was started last safe to use on the current stream.
+  template <class Batch>
+  void finish(const Batch& batch) const {
+    if (!side_) return;
+    const c10::Stream current = side_->join();
+    // The memory belongs to the side stream, which must not take it back before the current one has done with it.
+    tree::for_each(batch, [&](const at::Tensor& tensor) {
+      if (tensor.defined() && tensor.layout() == at::kStrided) tensor.record_stream(current);
+    });
+  }
+
+ private:
+  at::Device device_;
+  std::optional<SideStream> side_;
+};
+
+}  // namespace fabric::detail
