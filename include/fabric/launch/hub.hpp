@@ -122,8 +122,8 @@ class Hub {
     int rank;
     int code;
     std::string reason;
-    bool died;  ///< Without having said so: nobody else's failure can be the reason.
-    bool told;  ///< By the process that started it.
+    bool died;          ///< Without having said so: nobody else's failure can be the reason.
+    bool told = false;  ///< By the process that started it.
   };
   using State = Member::State;
 
