@@ -24,7 +24,7 @@ namespace fabric::optim {
 /// Takes LibTorch's own options, so that schedulers and code that sets `lr` in a group work; a group with `Maximize`
 /// options climbs. State follows its parameter to another device or dtype.
 template <class Method>
-class FusedOptimizer : public torch::optim::Optimizer {
+class FusedOptimizer : public torch::optim::Optimizer, public Stateful {
  public:
   using Options = typename Method::Options;
 
@@ -81,7 +81,7 @@ class FusedOptimizer : public torch::optim::Optimizer {
 
   /// The state in the layout of Python's `state_dict()`: what its `fused=True` optimizer of the same name loads. The
   /// tensors are the optimizer's own, not copies.
-  [[nodiscard]] Value state_dict() const {
+  [[nodiscard]] Value state_dict() const override {
     Dict state;
     List groups;
     std::int64_t index = 0;
@@ -108,7 +108,7 @@ class FusedOptimizer : public torch::optim::Optimizer {
   /// Tensors are copied to the parameters' devices and dtypes. Keys of a group that only Python knows (`initial_lr`)
   /// are kept for the next `state_dict()`. Throws fabric::Error that names everything that does not fit, and then has
   /// changed nothing.
-  void load_state_dict(const Value& value) {
+  void load_state_dict(const Value& value) override {
     const at::NoGradGuard no_grad;
     detail::Problems problems(Method::name);
     const Dict* root = problems.dict(value, "the state");
