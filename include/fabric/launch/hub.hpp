@@ -247,6 +247,7 @@ class Hub {
     if (ended_) return;
     for (Suspect& known : suspects_) {
       if (known.rank != one.rank || !known.died) continue;
+      if (known.told) return;  // that its connection ends too is no news
       // How a child ended is better known to the process that started it, and then there is nothing to wait for.
       known = std::move(one);
       decide_at_ = Clock::now();
