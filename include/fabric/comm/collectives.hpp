@@ -12,6 +12,7 @@
 
 #include <torch/torch.h>
 
+#include "fabric/comm/reason.hpp"
 #include "fabric/comm/world.hpp"
 #include "fabric/error.hpp"
 #include "fabric/tree.hpp"
@@ -54,10 +55,8 @@ inline void finish(const World& world, const c10::intrusive_ptr<c10d::Work>& wor
                    const at::Tensor& tensor = {}) {
   try {
     work->wait();
-  } catch (const c10::Error& error) {
-    refuse_collective(world, name, work->getSequencenumber(), tensor, error.what_without_backtrace());
   } catch (const std::exception& error) {
-    refuse_collective(world, name, work->getSequencenumber(), tensor, error.what());
+    refuse_collective(world, name, work->getSequencenumber(), tensor, reason_of(error));
   }
 }
 
@@ -68,8 +67,7 @@ void naming_collective(const World& world, Backward&& backward) {
   try {
     std::forward<Backward>(backward)();
   } catch (const std::exception& error) {
-    const auto* known = dynamic_cast<const c10::Error*>(&error);
-    const std::string reason = known != nullptr ? known->what_without_backtrace() : error.what();
+    const std::string reason = reason_of(error);
     const auto says = [&](const char* word) { return reason.find(word) != std::string::npos; };
     if (!world.group || !(says("gloo") || says("NCCL") || says("onnection") || says("Timed out"))) throw;
     refuse_collective(world, "the all_reduce of gradients in backward", world.group->getSequenceNumberForGroup(), {},

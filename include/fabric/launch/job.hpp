@@ -16,9 +16,9 @@
 #include <sys/types.h>
 #include <unistd.h>
 
-#include <c10/util/Exception.h>
 #include <torch/csrc/distributed/c10d/Store.hpp>
 
+#include "fabric/comm/reason.hpp"
 #include "fabric/error.hpp"
 #include "fabric/launch/children.hpp"
 #include "fabric/launch/hub.hpp"
@@ -32,10 +32,8 @@ namespace detail {
 inline std::string current_reason() {
   try {
     throw;
-  } catch (const c10::Error& error) {
-    return error.what_without_backtrace();
   } catch (const std::exception& error) {
-    return error.what();
+    return reason_of(error);
   } catch (...) {
     return "an exception that is no std::exception";
   }

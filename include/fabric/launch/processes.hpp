@@ -93,10 +93,9 @@ inline Place find_place(const Selection& selection, std::chrono::milliseconds ti
   if (kind == EnvironmentKind::local && selection.num_nodes > 1 && port == 0) {
     throw Error(
         "fabric: launch: " + std::to_string(selection.num_nodes) +
-        " nodes, but nothing says how they find each other: set MASTER_ADDR, MASTER_PORT and NODE_RANK on each, or use "
-        "a "
-        "launcher (torchrun, srun, mpirun). Slurm counts as one if the job's name is not bash or interactive, as it is "
-        "in salloc: name the job, or set LT_ENVIRONMENT=slurm");
+        " nodes, but nothing says how they find each other: set MASTER_ADDR, MASTER_PORT and NODE_RANK on each, or "
+        "use a launcher (torchrun, srun, mpirun). Slurm counts as one if the job's name is not bash or interactive, as "
+        "it is in salloc: name the job, or set LT_ENVIRONMENT=slurm");
   }
   const bool derived = !variables.has("MASTER_PORT") &&
                        (kind == EnvironmentKind::slurm || kind == EnvironmentKind::lsf || kind == EnvironmentKind::mpi);
