@@ -20,27 +20,20 @@
 #include "fabric/checkpoint/pickle_writer.hpp"
 #include "fabric/checkpoint/value.hpp"
 #include "fabric/error.hpp"
+#include "fabric/optim/options.hpp"
 
 /// `torch::optim`'s optimizers in the layout of Python's `Optimizer.state_dict()`: the states by the parameters'
 /// numbers, then the groups with all their options.
 namespace fabric::detail {
 
-/// What an optimizer keeps. `options(o, visit)` shows each option as (name, reference), `state(s, o, visit)` what is
-/// kept for a parameter, as (name, reference, whether it must be there under these options); `python` lists the options
-/// that only Python's has, with the one value that says what C++ does.
+/// What an optimizer keeps. `state(s, o, visit)` shows what is kept for a parameter, as (name, reference, whether it
+/// must be there under these options); `python` lists the options that only Python's has, with the one value that says
+/// what C++ does.
 template <class Optimizer>
 struct OptimizerLayout;
 
 template <bool decoupled>
 struct AdamLayout {
-  template <class Options, class Visit>
-  static void options(Options& o, const Visit& visit) {
-    visit("lr", o.lr());
-    visit("betas", o.betas());
-    visit("eps", o.eps());
-    visit("weight_decay", o.weight_decay());
-    visit("amsgrad", o.amsgrad());
-  }
   template <class State, class Options, class Visit>
   static void state(State& s, const Options& o, const Visit& visit) {
     visit("step", s.step(), true);
@@ -68,14 +61,6 @@ template <>
 struct OptimizerLayout<torch::optim::SGD> {
   using Options = torch::optim::SGDOptions;
   using State = torch::optim::SGDParamState;
-  template <class Options, class Visit>
-  static void options(Options& o, const Visit& visit) {
-    visit("lr", o.lr());
-    visit("momentum", o.momentum());
-    visit("dampening", o.dampening());
-    visit("weight_decay", o.weight_decay());
-    visit("nesterov", o.nesterov());
-  }
   template <class State, class Options, class Visit>
   static void state(State& s, const Options& /*o*/, const Visit& visit) {
     visit("momentum_buffer", s.momentum_buffer(), false);  // made in the first step that wants it
@@ -89,14 +74,6 @@ template <>
 struct OptimizerLayout<torch::optim::Adagrad> {
   using Options = torch::optim::AdagradOptions;
   using State = torch::optim::AdagradParamState;
-  template <class Options, class Visit>
-  static void options(Options& o, const Visit& visit) {
-    visit("lr", o.lr());
-    visit("lr_decay", o.lr_decay());
-    visit("eps", o.eps());
-    visit("weight_decay", o.weight_decay());
-    visit("initial_accumulator_value", o.initial_accumulator_value());
-  }
   template <class State, class Options, class Visit>
   static void state(State& s, const Options& /*o*/, const Visit& visit) {
     visit("step", s.step(), true);
@@ -111,15 +88,6 @@ template <>
 struct OptimizerLayout<torch::optim::RMSprop> {
   using Options = torch::optim::RMSpropOptions;
   using State = torch::optim::RMSpropParamState;
-  template <class Options, class Visit>
-  static void options(Options& o, const Visit& visit) {
-    visit("lr", o.lr());
-    visit("momentum", o.momentum());
-    visit("alpha", o.alpha());
-    visit("eps", o.eps());
-    visit("centered", o.centered());
-    visit("weight_decay", o.weight_decay());
-  }
   template <class State, class Options, class Visit>
   static void state(State& s, const Options& o, const Visit& visit) {
     visit("step", s.step(), true);
@@ -174,7 +142,8 @@ inline bool is_there(const at::Tensor& tensor) { return tensor.defined(); }
     for (const auto& group : known.param_groups()) {
       const auto& options = static_cast<const typename Layout::Options&>(group.options());
       Dict entry;
-      Layout::options(options, [&](const char* key, const auto& option) { entry[key] = option_value(option); });
+      optim::detail::each_option(options,
+                                 [&](const char* key, const auto& option) { entry[key] = option_value(option); });
       for (const auto& [key, only] : Layout::python()) entry[key] = only;
       List numbers;
       for (const at::Tensor& parameter : group.params()) {
@@ -266,7 +235,7 @@ class OptimizerLoader {
   void read_options(const Dict& saved, const std::string& outer, typename Layout::Options& options) {
     const Dict python = Layout::python();
     std::vector<std::string> known{"params", "initial_lr"};
-    Layout::options(options, [&](const char* key, auto& option) {
+    optim::detail::each_option(options, [&](const char* key, auto& option) {
       known.emplace_back(key);
       if (const Value* value = find(saved, outer, key)) read_option(*value, inner_key(outer, key), option);
     });

@@ -29,14 +29,6 @@ struct AdagradMethod {
   static std::size_t states(const Options& /*options*/) { return 1; }
   static double initial_state(const Options& defaults) { return defaults.initial_accumulator_value(); }
 
-  template <class O, class Visit>
-  static void each_option(O& options, Visit& visit) {
-    visit("lr", options.lr());
-    visit("lr_decay", options.lr_decay());
-    visit("eps", options.eps());
-    visit("weight_decay", options.weight_decay());
-    visit("initial_accumulator_value", options.initial_accumulator_value());
-  }
   static Dict python_only() { return {{"foreach", {}}, {"differentiable", false}, {"fused", true}}; }
   static std::string problem(const Options& /*options*/, const Dict& /*group*/) { return {}; }
 

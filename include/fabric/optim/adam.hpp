@@ -33,14 +33,6 @@ struct AdamMethod {
   static std::size_t states(const Options& options) { return options.amsgrad() ? 3 : 2; }
   static double initial_state(const Options& /*defaults*/) { return 0; }
 
-  template <class O, class Visit>
-  static void each_option(O& options, Visit& visit) {
-    visit("lr", options.lr());
-    visit("betas", options.betas());
-    visit("eps", options.eps());
-    visit("weight_decay", options.weight_decay());
-    visit("amsgrad", options.amsgrad());
-  }
   static Dict python_only() {
     return {{"foreach", {}},
             {"capturable", false},

@@ -1,11 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <concepts>
 #include <memory>
 #include <string>
 #include <tuple>
+#include <type_traits>
 
+#include <torch/optim/adagrad.h>
+#include <torch/optim/adam.h>
+#include <torch/optim/adamw.h>
 #include <torch/optim/optimizer.h>
+#include <torch/optim/rmsprop.h>
+#include <torch/optim/sgd.h>
 
 namespace fabric::optim {
 
@@ -22,6 +29,37 @@ class Maximize : public Options {
 };
 
 namespace detail {
+
+/// Shows each option that LibTorch has of an optimizer, by Python's name: `visit(name, reference)`.
+template <class Options, class Visit>
+void each_option(Options& o, Visit&& visit) {
+  using Own = std::remove_const_t<Options>;
+  visit("lr", o.lr());
+  if constexpr (std::derived_from<Own, torch::optim::SGDOptions>) {
+    visit("momentum", o.momentum());
+    visit("dampening", o.dampening());
+    visit("weight_decay", o.weight_decay());
+    visit("nesterov", o.nesterov());
+  } else if constexpr (std::derived_from<Own, torch::optim::AdagradOptions>) {
+    visit("lr_decay", o.lr_decay());
+    visit("eps", o.eps());
+    visit("weight_decay", o.weight_decay());
+    visit("initial_accumulator_value", o.initial_accumulator_value());
+  } else if constexpr (std::derived_from<Own, torch::optim::RMSpropOptions>) {
+    visit("momentum", o.momentum());
+    visit("alpha", o.alpha());
+    visit("eps", o.eps());
+    visit("centered", o.centered());
+    visit("weight_decay", o.weight_decay());
+  } else {
+    static_assert(std::derived_from<Own, torch::optim::AdamOptions> ||
+                  std::derived_from<Own, torch::optim::AdamWOptions>);
+    visit("betas", o.betas());
+    visit("eps", o.eps());
+    visit("weight_decay", o.weight_decay());
+    visit("amsgrad", o.amsgrad());
+  }
+}
 
 /// Says what is wrong with one option after the other. Python's rules: no number is negative, but for `dampening`, and
 /// decay rates are below 1.

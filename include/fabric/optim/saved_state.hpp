@@ -74,7 +74,7 @@ class Problems {
 template <class Method>
 std::string problems_of(const typename Method::Options& options, const Dict& group) {
   CheckOption check;
-  Method::each_option(options, check);
+  each_option(options, check);
   const std::string another = Method::problem(options, group);
   return check.problems + (another.empty() ? "" : "\n  " + another);
 }
@@ -139,7 +139,7 @@ struct ReadOption {
 template <class Method>
 Dict saved_options(const typename Method::Options& options, bool maximize) {
   WriteOption write;
-  Method::each_option(options, write);
+  each_option(options, write);
   write("maximize", maximize);
   for (const auto& [key, value] : Method::python_only()) write.group[key] = value;
   return std::move(write.group);
@@ -164,7 +164,7 @@ SavedGroup<typename Method::Options> read_group(const Value& value, std::size_t 
   const Dict* group = problems.dict(value, "group " + std::to_string(index));
   if (group == nullptr) return saved;
   ReadOption read{*group, where, problems};
-  Method::each_option(saved.options, read);
+  each_option(saved.options, read);
   read("maximize", saved.maximize);
   const std::string wrong = problems_of<Method>(saved.options, *group);
   if (!wrong.empty()) problems.add(where + "options out of range:" + wrong);

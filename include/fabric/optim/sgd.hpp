@@ -29,14 +29,6 @@ struct SgdMethod {
   static std::size_t states(const Options& options) { return options.momentum() == 0 ? 0 : 1; }
   static double initial_state(const Options& /*defaults*/) { return 0; }
 
-  template <class O, class Visit>
-  static void each_option(O& options, Visit& visit) {
-    visit("lr", options.lr());
-    visit("momentum", options.momentum());
-    visit("dampening", options.dampening());
-    visit("weight_decay", options.weight_decay());
-    visit("nesterov", options.nesterov());
-  }
   static Dict python_only() { return {{"foreach", {}}, {"differentiable", false}, {"fused", true}}; }
   static std::string problem(const Options& options, const Dict& /*group*/) {
     if (!options.nesterov() || (options.momentum() > 0 && options.dampening() == 0)) return {};
