@@ -29,28 +29,20 @@
 #define CATCH_CONFIG_RUNNER
 #endif
 #include "support/catch.hpp"
+#include "support/job.hpp"
 #include "support/process.hpp"
 
 namespace {
 
 using namespace fabric;
 using tests::Process;
+using tests::say;
+using tests::variable;
 namespace fs = std::filesystem;
 using OnOne = Fabric<Cpu, SingleDevice, F32>;
 using OnTwo = Fabric<Cpu, Ddp, F32>;
 
 // ---- The jobs ----
-
-std::string setting(const char* name) {
-  const char* value = std::getenv(name);
-  return value == nullptr ? "" : value;
-}
-
-/// One line, in one write.
-void say(const std::string& text) {
-  const std::string line = text + "\n";
-  (void)!write(STDOUT_FILENO, line.data(), line.size());
-}
 
 class Rows : public torch::data::datasets::BatchDataset<Rows, torch::data::Example<>> {
  public:
@@ -93,9 +85,10 @@ int train(F& fabric) {
   double sum = 0;
   const State state{{"model", model},   {"optimizer", optimizer}, {"scheduler", scheduler}, {"loader", loader},
                     {"random", random}, {"step", step},           {"sum", PerRank(sum)}};
-  Checkpoints checkpoints(fabric, {.folder = setting("CKPT_FOLDER"), .asynchronous = setting("CKPT_ASYNC") == "1"});
+  Checkpoints checkpoints(fabric,
+                          {.folder = variable("CKPT_FOLDER", ""), .asynchronous = variable("CKPT_ASYNC", "") == "1"});
   if (const auto loaded = checkpoints.load_latest(state)) fabric.print("resumed at ", step);
-  const std::string die_at = setting("CKPT_DIE_AT");
+  const std::string die_at = variable("CKPT_DIE_AT", "");
   while (step < 20) {
     for (auto& batch : loader) {
       optimizer.zero_grad();
@@ -129,7 +122,8 @@ int save_forever() {
   at::Tensor values = torch::zeros({1 << 20});
   at::Tensor more = torch::zeros({1 << 18}, torch::kDouble);
   const State state{{"step", step}, {"values", values}, {"more", more}};
-  Checkpoints checkpoints(fabric, {.folder = setting("CKPT_FOLDER"), .asynchronous = setting("CKPT_ASYNC") == "1"});
+  Checkpoints checkpoints(fabric,
+                          {.folder = variable("CKPT_FOLDER", ""), .asynchronous = variable("CKPT_ASYNC", "") == "1"});
   checkpoints.load_latest(state);
   for (;;) {
     ++step;
@@ -162,14 +156,14 @@ const std::map<std::string, std::function<int()>> jobs{
     {"rank 0 alone saves",
      [] {
        auto& fabric = on_two();
-       if (fabric.global_rank() == 0) fabric.save(setting("CKPT_FOLDER") + "/x.pt", {{"x", 1}}, {}, soon);
+       if (fabric.global_rank() == 0) fabric.save(variable("CKPT_FOLDER", "") + "/x.pt", {{"x", 1}}, {}, soon);
        fabric.barrier();
        return 0;
      }},
     {"rank 1 alone saves",
      [] {
        auto& fabric = on_two();
-       if (fabric.global_rank() == 1) fabric.save(setting("CKPT_FOLDER") + "/x.pt", {{"x", 1}}, {}, soon);
+       if (fabric.global_rank() == 1) fabric.save(variable("CKPT_FOLDER", "") + "/x.pt", {{"x", 1}}, {}, soon);
        fabric.barrier();
        return 0;
      }},
@@ -178,16 +172,16 @@ const std::map<std::string, std::function<int()>> jobs{
        auto& fabric = on_two();
        int x = 0;
        if (fabric.global_rank() == 0) {
-         fabric.save(setting("CKPT_FOLDER") + "/x.pt", {{"x", 1}}, {}, soon);
+         fabric.save(variable("CKPT_FOLDER", "") + "/x.pt", {{"x", 1}}, {}, soon);
        } else {
-         fabric.load(setting("CKPT_FOLDER") + "/x.pt", {{"x", x}}, true, soon);
+         fabric.load(variable("CKPT_FOLDER", "") + "/x.pt", {{"x", x}}, true, soon);
        }
        return 0;
      }},
     {"does not fit on rank 1",
      [] {
        auto& fabric = on_two();
-       const std::string path = setting("CKPT_FOLDER") + "/x.pt";
+       const std::string path = variable("CKPT_FOLDER", "") + "/x.pt";
        at::Tensor saved = torch::ones({3});
        fabric.save(path, {{"x", saved}});
        at::Tensor here = fabric.global_rank() == 0 ? torch::zeros({3}) : torch::zeros({4});

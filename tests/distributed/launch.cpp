@@ -24,32 +24,22 @@
 #define CATCH_CONFIG_RUNNER
 #endif
 #include "support/catch.hpp"
+#include "support/job.hpp"
 #include "support/process.hpp"
 
 namespace {
 
 using namespace fabric;
-using tests::Process;
+using namespace fabric::tests;
 using OnCpu = Fabric<Cpu, Ddp, F32>;
 
 // ---- The jobs ----
-
-std::string variable(const char* name) {
-  const char* value = std::getenv(name);
-  return value == nullptr ? "-" : value;
-}
-
-/// One line from each rank, in one write.
-void say(const std::string& text) {
-  const std::string line = text + "\n";
-  (void)!write(STDOUT_FILENO, line.data(), line.size());
-}
 
 /// A fabric on two ranks that have said their process ids.
 OnCpu& launched() {
   static OnCpu fabric({.devices = 2});
   fabric.launch();
-  say("rank " + std::to_string(fabric.global_rank()) + " is process " + std::to_string(getpid()));
+  say_who(fabric.global_rank());
   fabric.barrier();
   return fabric;
 }
@@ -106,7 +96,7 @@ const std::map<std::string, std::function<int()>> jobs{
        std::signal(SIGTERM, SIG_IGN);
        OnCpu fabric({.devices = 3});
        fabric.launch();
-       say("rank " + std::to_string(fabric.global_rank()) + " is process " + std::to_string(getpid()));
+       say_who(fabric.global_rank());
        fabric.barrier();
        if (fabric.global_rank() == 1) std::exit(3);
        std::this_thread::sleep_for(std::chrono::hours(1));
@@ -160,21 +150,6 @@ Process job(const std::string& name, const std::vector<Process::Variable>& varia
   return Process({"/proc/self/exe", "job", name}, variables);
 }
 
-/// Does the process run? One that has ended but that nobody has asked for does not.
-bool alive(pid_t pid) {
-  std::ifstream stat("/proc/" + std::to_string(pid) + "/stat");
-  std::string text;
-  return std::getline(stat, text) && text.substr(text.rfind(')'), 3) != ") Z";
-}
-
-/// The process that said it is that rank.
-pid_t process_of(const std::string& output, int rank) {
-  const std::string text = "rank " + std::to_string(rank) + " is process ";
-  const auto at = output.find(text);
-  REQUIRE(at != std::string::npos);
-  return std::atoi(output.c_str() + at + text.size());
-}
-
 std::string value_of(const std::string& output, const std::string& line, const std::string& name) {
   const auto begin = output.find(name + "=", output.find(line));
   REQUIRE(begin != std::string::npos);
@@ -192,10 +167,6 @@ int free_port() {
   REQUIRE(getsockname(socket, reinterpret_cast<sockaddr*>(&address), &size) == 0);
   close(socket);
   return ntohs(address.sin_port);
-}
-
-double seconds_since(std::chrono::steady_clock::time_point start) {
-  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 }
 
 }  // namespace

@@ -35,11 +35,6 @@ using namespace fabric::tests;
 using Spawned = Fabric<Cpu, DdpSpawn, F32>;
 using Forked = Fabric<Cpu, DdpFork, F32>;
 
-std::string variable(const char* name) {
-  const char* value = std::getenv(name);
-  return value == nullptr ? "-" : value;
-}
-
 template <class F>
 int results() {
   say("the program begins in process " + std::to_string(getpid()));

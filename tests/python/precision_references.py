@@ -16,7 +16,7 @@ import tempfile
 
 REFERENCE = os.path.join(os.environ["FABRIC_SOURCE_DIR"], "tests/reference")
 sys.path.insert(0, REFERENCE)
-from training_traces import SAME_EVERYWHERE
+from same_everywhere import SETTINGS
 
 # The largest relative difference of a number, where the bytes differ.
 TOLERANCE = {"64-true": 1e-12, "32-true": 1e-5, "16-true": 2**-11, "bf16-true": 2**-8, "bf16-mixed": 2**-8, "16-mixed": 1e-2}
@@ -53,7 +53,7 @@ def main():
 
         program = os.path.join(os.environ["FABRIC_BIN"], "torch_tests")
         command = [program, "--filenames-as-tags", "[#training_traces]"]
-        variables = {**os.environ, **SAME_EVERYWHERE, "FABRIC_FRESH_TRACES": folder}
+        variables = {**os.environ, **SETTINGS, "FABRIC_FRESH_TRACES": folder}
         failures += subprocess.run(command, timeout=250, env=variables).returncode
     return failures
 

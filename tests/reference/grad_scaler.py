@@ -7,14 +7,12 @@ Each case is a scaler with other settings. The loss of an iteration is a.dot(x) 
 y. Where `clip` says so, a's gradients are unscaled and halved by hand before the step.
 """
 
-import gzip
-import json
 import os
 import sys
 
 import torch
+from same_everywhere import HERE, write
 
-HERE = os.path.dirname(os.path.abspath(__file__))
 ITERATIONS = 40
 CASES = [
     {"init_scale": 65536.0, "growth_factor": 2.0, "backoff_factor": 0.5, "growth_interval": 3},
@@ -72,9 +70,8 @@ def run(settings):
 
 def main():
     folder = sys.argv[1] if len(sys.argv) > 1 else HERE
-    content = json.dumps({"reloaded": RELOADED, "cases": [run(settings) for settings in CASES]}, separators=(",", ":"))
-    with open(os.path.join(folder, "grad_scaler.json.gz"), "wb") as file:
-        file.write(gzip.compress(content.encode(), 9, mtime=0))
+    content = {"reloaded": RELOADED, "cases": [run(settings) for settings in CASES]}
+    write(os.path.join(folder, "grad_scaler.json.gz"), content)
 
 
 if __name__ == "__main__":

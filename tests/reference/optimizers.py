@@ -6,12 +6,11 @@ A tensor is {"dtype", "shape", "data"}, the data being its elements' bytes in he
 survive. A tuple is {"tuple": [...]}.
 """
 
-import gzip
-import json
 import math
 import os
 import sys
 
+import same_everywhere
 import torch
 
 SHAPES = [(3, 7), (33,), (2, 2, 2), ()]
@@ -19,17 +18,7 @@ F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float1
 
 
 def plain(value):
-    """Lists, dicts, numbers and texts for a tree with tensors in it."""
-    if isinstance(value, torch.Tensor):
-        raw = value.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-        return {"dtype": str(value.dtype).removeprefix("torch."), "shape": list(value.shape), "data": raw.hex()}
-    if isinstance(value, dict):
-        return {str(key): plain(entry) for key, entry in value.items()}
-    if isinstance(value, tuple):
-        return {"tuple": [plain(entry) for entry in value]}
-    if isinstance(value, list):
-        return [plain(entry) for entry in value]
-    return value
+    return same_everywhere.plain(value, keep_tuples=True)
 
 
 def trace(name, optimizer, options, *, dtypes=(F32,) * 4, groups=None, steps=4, missing=(), scales=None, schedule=None):
@@ -177,16 +166,14 @@ def clippings():
 
 def main():
     torch.set_num_threads(1)
-    path = sys.argv[1] if len(sys.argv) > 1 else os.path.join(os.path.dirname(__file__), "optimizers.json.gz")
+    path = sys.argv[1] if len(sys.argv) > 1 else os.path.join(same_everywhere.HERE, "optimizers.json.gz")
     data = {
         "torch": torch.__version__.split("+")[0],
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "optimizers": list(optimizer_traces()),
         "clipping": list(clippings()),
     }
-    text = json.dumps(data, allow_nan=False, separators=(",", ":"))
-    with open(path, "wb") as file, gzip.GzipFile("", "wb", 9, file, mtime=0) as zipped:
-        zipped.write(text.encode())
+    same_everywhere.write(path, data)
 
 
 main()

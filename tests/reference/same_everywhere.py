@@ -21,21 +21,22 @@ def run_again_without_special_kernels():
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **SETTINGS})
 
 
-def plain(value):
-    """Lists, dicts, numbers and texts for a tree with tensors in it."""
+def plain(value, *, keep_tuples=False):
+    """Lists, dicts, numbers and texts for a tree with tensors in it. A tuple is a list, or kept as {"tuple": [...]}."""
     import torch
 
     if isinstance(value, torch.Tensor):
         raw = value.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
         return {"dtype": str(value.dtype).removeprefix("torch."), "shape": list(value.shape), "data": raw.hex()}
     if isinstance(value, dict):
-        return {str(key): plain(entry) for key, entry in value.items()}
+        return {str(key): plain(entry, keep_tuples=keep_tuples) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
-        return [plain(entry) for entry in value]
+        entries = [plain(entry, keep_tuples=keep_tuples) for entry in value]
+        return {"tuple": entries} if keep_tuples and isinstance(value, tuple) else entries
     return value
 
 
 def write(path, content):
     """The same content gives the same bytes."""
     with open(path, "wb") as file, gzip.GzipFile(filename="", mode="wb", fileobj=file, mtime=0) as zipped:
-        zipped.write(json.dumps(content, separators=(",", ":")).encode())
+        zipped.write(json.dumps(content, allow_nan=False, separators=(",", ":")).encode())

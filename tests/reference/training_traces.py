@@ -8,25 +8,18 @@ their order. Kernels for particular CPUs are turned off, so that x86 machines ag
 """
 
 import csv
-import gzip
-import json
 import os
 import sys
 
-SAME_EVERYWHERE = {
-    "ATEN_CPU_CAPABILITY": "default",
-    "ONEDNN_MAX_CPU_ISA": "SSE41",
-    "MKL_CBWR": "COMPATIBLE",
-    "OMP_NUM_THREADS": "1",
-}
-if __name__ == "__main__" and any(os.environ.get(name) != value for name, value in SAME_EVERYWHERE.items()):
-    os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **SAME_EVERYWHERE})
+from same_everywhere import HERE, run_again_without_special_kernels, write
+
+if __name__ == "__main__":
+    run_again_without_special_kernels()
 
 import torch
 from lightning.fabric import Fabric
 from lightning.fabric.plugins.precision import MixedPrecision
 
-HERE = os.path.dirname(os.path.abspath(__file__))
 DIGITS = os.path.join(HERE, "../../examples/data/digits.csv")
 PRECISIONS = ["64-true", "32-true", "16-true", "bf16-true", "bf16-mixed", "16-mixed"]
 STEPS, ROWS, LR, MOMENTUM = 50, 32, 0.02, 0.5
@@ -120,13 +113,6 @@ def train(make, weights, precision):
     return trace
 
 
-def write(name, content):
-    folder = sys.argv[1] if len(sys.argv) > 1 else HERE
-    with open(os.path.join(folder, name), "wb") as file:
-        text = json.dumps(content, separators=(",", ":")).encode()
-        file.write(gzip.compress(text, 9, mtime=0))
-
-
 def main():
     torch.set_num_threads(1)
     content = {"steps": STEPS, "rows": ROWS, "lr": LR, "momentum": MOMENTUM, "scaler": SCALER, "max_norm": MAX_NORM}
@@ -134,7 +120,7 @@ def main():
         weights = initial_weights(make())
         traces = {precision: train(make, weights, precision) for precision in PRECISIONS}
         content[name] = {"weights": weights, "traces": traces}
-    write("training_traces.json.gz", content)
+    write(os.path.join(sys.argv[1] if len(sys.argv) > 1 else HERE, "training_traces.json.gz"), content)
 
 
 if __name__ == "__main__":

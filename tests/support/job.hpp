@@ -5,11 +5,18 @@
 #include <cstddef>
 #include <cstdlib>
 #include <fstream>
+#include <stdexcept>
 #include <string>
 
 #include <unistd.h>
 
 namespace fabric::tests {
+
+/// The value of an environment variable.
+inline std::string variable(const char* name, const char* otherwise = "-") {
+  const char* value = std::getenv(name);
+  return value == nullptr ? otherwise : value;
+}
 
 /// One line to standard output, in one write.
 inline void say(const std::string& text) {
@@ -20,11 +27,12 @@ inline void say(const std::string& text) {
 /// Says "rank R is process P".
 inline void say_who(int rank) { say("rank " + std::to_string(rank) + " is process " + std::to_string(getpid())); }
 
-/// The process that said it is that rank; -1 if none did.
+/// The process that said it is that rank. Throws if none did: a test must not take -1, which is everybody, for one.
 inline pid_t process_of(const std::string& output, int rank) {
   const std::string text = "rank " + std::to_string(rank) + " is process ";
   const auto at = output.find(text);
-  return at == std::string::npos ? -1 : std::atoi(output.c_str() + at + text.size());
+  if (at == std::string::npos) throw std::runtime_error("nobody said: " + text);
+  return std::atoi(output.c_str() + at + text.size());
 }
 
 /// Does the process run? One that has ended but that nobody has asked for does not.

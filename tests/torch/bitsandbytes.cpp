@@ -20,19 +20,19 @@
 #include "fabric/fabric.hpp"
 #include "fabric/precision/bitsandbytes.hpp"
 #include "support/catch.hpp"
+#include "support/reference.hpp"
 #include "support/stderr.hpp"
-#include "support/stored_tensors.hpp"
 
 namespace {
 
 using namespace fabric;
-using tests::stored;
-using tests::stored_tensor;
+using tests::read_reference;
+using tests::tensor_of;
 using Json = nlohmann::json;
 using Mode = BitsandbytesMode;
 
 const Json& reference() {
-  static const Json json = stored("bitsandbytes.json.gz");
+  static const Json json = read_reference("bitsandbytes.json.gz");
   return json;
 }
 
@@ -59,11 +59,11 @@ bool equal_sums(const at::Tensor& ours, const at::Tensor& theirs) {
 }
 
 torch::nn::Linear layer_of(const Json& layers) {
-  const at::Tensor weight = stored_tensor(layers["weight"]);
+  const at::Tensor weight = tensor_of(layers["weight"]);
   torch::nn::Linear layer(weight.size(1), weight.size(0));
   const torch::NoGradGuard no_grad;
   layer->weight.copy_(weight);
-  layer->bias.copy_(stored_tensor(layers["bias"]));
+  layer->bias.copy_(tensor_of(layers["bias"]));
   return layer;
 }
 
@@ -90,53 +90,52 @@ const at::Tensor& tensor_in(const Value& state, const std::string& name) {
 
 TEST_CASE("[issue-5.6] tensors become the package's bytes, and the same numbers again") {
   const Json& tensors = reference()["tensors"];
-  CHECK(quantisation::code_of(quantisation::Code4::nf4, at::kCPU).equal(stored_tensor(tensors["codes"]["nf4"])));
-  CHECK(quantisation::code_of(quantisation::Code4::fp4, at::kCPU).equal(stored_tensor(tensors["codes"]["fp4"])));
+  CHECK(quantisation::code_of(quantisation::Code4::nf4, at::kCPU).equal(tensor_of(tensors["codes"]["nf4"])));
+  CHECK(quantisation::code_of(quantisation::Code4::fp4, at::kCPU).equal(tensor_of(tensors["codes"]["fp4"])));
   const at::Tensor map = quantisation::dynamic_map(at::kCPU);
-  CHECK(map.equal(stored_tensor(tensors["dynamic_map"])));
+  CHECK(map.equal(tensor_of(tensors["dynamic_map"])));
   for (const auto& [name, stored_case] : tensors["cases"].items()) {
     INFO(name);
-    const at::Tensor tensor = stored_tensor(stored_case["tensor"]);
+    const at::Tensor tensor = tensor_of(stored_case["tensor"]);
     const auto type = tensor.scalar_type();
     for (const auto& [kind, code] :
          {std::pair{"nf4", quantisation::Code4::nf4}, std::pair{"fp4", quantisation::Code4::fp4}}) {
       INFO(kind);
       const Json& expected = stored_case[kind];
       const auto [packed, absmax] = quantisation::quantise_4bit(tensor, code);
-      CHECK(packed.equal(stored_tensor(expected["packed"])));
-      CHECK(absmax.equal(stored_tensor(expected["absmax"])));
+      CHECK(packed.equal(tensor_of(expected["packed"])));
+      CHECK(absmax.equal(tensor_of(expected["absmax"])));
       const at::Tensor meaning = quantisation::code_of(code, at::kCPU);
       if (expected.contains("numbers")) {
         CHECK(quantisation::dequantise_4bit(packed, absmax, meaning, tensor.sizes(), type)
-                  .equal(stored_tensor(expected["numbers"])));
+                  .equal(tensor_of(expected["numbers"])));
       }
       const at::Tensor offset = absmax.mean();
-      CHECK(offset.item<float>() == stored_tensor(expected["nested_offset"]).item<float>());
+      CHECK(offset.item<float>() == tensor_of(expected["nested_offset"]).item<float>());
       const auto [codes, maxima] = quantisation::quantise_8bit(absmax - offset, map);
-      CHECK(codes.equal(stored_tensor(expected["nested_codes"])));
-      CHECK(maxima.equal(stored_tensor(expected["nested_absmax"])));
+      CHECK(codes.equal(tensor_of(expected["nested_codes"])));
+      CHECK(maxima.equal(tensor_of(expected["nested_absmax"])));
       const at::Tensor nested = quantisation::dequantise_8bit(codes, maxima, map, at::kFloat) + offset;
-      const at::Tensor numbers = stored_tensor(expected["nested_numbers"]);
+      const at::Tensor numbers = tensor_of(expected["nested_numbers"]);
       CHECK(quantisation::dequantise_4bit(packed, nested, meaning, tensor.sizes(), type)
                 .slice(0, -numbers.size(0))
                 .equal(numbers));
     }
     const auto [codes, absmax] = quantisation::quantise_8bit(tensor, map);
-    CHECK(codes.equal(stored_tensor(stored_case["8-bit"]["codes"])));
-    CHECK(absmax.equal(stored_tensor(stored_case["8-bit"]["absmax"])));
+    CHECK(codes.equal(tensor_of(stored_case["8-bit"]["codes"])));
+    CHECK(absmax.equal(tensor_of(stored_case["8-bit"]["absmax"])));
     if (stored_case["8-bit"].contains("numbers")) {
-      CHECK(quantisation::dequantise_8bit(codes, absmax, map, type)
-                .equal(stored_tensor(stored_case["8-bit"]["numbers"])));
+      CHECK(quantisation::dequantise_8bit(codes, absmax, map, type).equal(tensor_of(stored_case["8-bit"]["numbers"])));
     }
     if (!stored_case.contains("rows")) continue;
     const auto rows = quantisation::quantise_int8_rows(tensor.to(at::kHalf));
-    CHECK(rows.codes.equal(stored_tensor(stored_case["rows"]["codes"])));
-    CHECK(rows.absmax.equal(stored_tensor(stored_case["rows"]["absmax"])));
+    CHECK(rows.codes.equal(tensor_of(stored_case["rows"]["codes"])));
+    CHECK(rows.absmax.equal(tensor_of(stored_case["rows"]["absmax"])));
     const auto kept = quantisation::quantise_int8_rows(tensor.to(at::kHalf) * 3, 6.0);
     const Json& without = stored_case["rows without outliers"];
-    CHECK(kept.codes.equal(stored_tensor(without["codes"])));
-    CHECK(kept.absmax.equal(stored_tensor(without["absmax"])));
-    CHECK(kept.outliers.equal(stored_tensor(without["outliers"])));
+    CHECK(kept.codes.equal(tensor_of(without["codes"])));
+    CHECK(kept.absmax.equal(tensor_of(without["absmax"])));
+    CHECK(kept.outliers.equal(tensor_of(without["outliers"])));
   }
 }
 
@@ -158,19 +157,19 @@ TEMPLATE_TEST_CASE("[issue-5.6] a quantised layer computes what the package's do
   const Json& expected = layers[TestType::name()];
   torch::nn::Linear layer = layer_of(layers);
   Plugin::convert_module(*layer);
-  at::Tensor x = Plugin::convert_input(stored_tensor(layers["x"])).set_requires_grad(true);
+  at::Tensor x = Plugin::convert_input(tensor_of(layers["x"])).set_requires_grad(true);
   at::Tensor out;
   {
     const typename Plugin::ForwardContext context(at::kCPU);
     out = layer(x);
   }
-  const at::Tensor theirs = stored_tensor(expected["out"]);
+  const at::Tensor theirs = tensor_of(expected["out"]);
   CHECK(equal_sums(out, theirs));
-  out.backward(stored_tensor(layers["gradient"]).to(out.scalar_type()));
-  CHECK(equal_sums(x.grad(), stored_tensor(expected["x_gradient"])));
-  CHECK(equal_sums(layer->bias.grad(), stored_tensor(expected["bias_gradient"]).to(layer->bias.scalar_type())));
+  out.backward(tensor_of(layers["gradient"]).to(out.scalar_type()));
+  CHECK(equal_sums(x.grad(), tensor_of(expected["x_gradient"])));
+  CHECK(equal_sums(layer->bias.grad(), tensor_of(expected["bias_gradient"]).to(layer->bias.scalar_type())));
   if (TestType::value == Mode::int8_training) {
-    CHECK(equal_sums(layer->weight.grad(), stored_tensor(expected["weight_gradient"])));
+    CHECK(equal_sums(layer->weight.grad(), tensor_of(expected["weight_gradient"])));
   } else {
     CHECK_FALSE(layer->weight.requires_grad());
   }
@@ -194,14 +193,14 @@ TEMPLATE_TEST_CASE("[issue-5.6] a quantised layer computes what the package's do
         INFO(key);
         REQUIRE(ours.contains(key));
         if (key.find("quant_state") == std::string::npos) {
-          CHECK(ours[key].detach().to(at::kFloat).equal(stored_tensor(tensor).to(at::kFloat)));
+          CHECK(ours[key].detach().to(at::kFloat).equal(tensor_of(tensor).to(at::kFloat)));
           continue;
         }
         const auto text = [](const at::Tensor& bytes) {
           std::string result(static_cast<const char*>(bytes.data_ptr()), static_cast<std::size_t>(bytes.numel()));
           return Json::parse(result);
         };
-        CHECK(text(ours[key].detach()) == text(stored_tensor(tensor)));
+        CHECK(text(ours[key].detach()) == text(tensor_of(tensor)));
       }
     }
   }
@@ -217,15 +216,15 @@ TEMPLATE_TEST_CASE("[issue-5.6] training around and through quantised layers fol
   for (std::size_t i = 0; i < sizes.size(); ++i) {
     layers.emplace_back(sizes[i].first, sizes[i].second);
     const torch::NoGradGuard no_grad;
-    layers[i]->weight.copy_(stored_tensor(traces["weights"][i]));
-    layers[i]->bias.copy_(stored_tensor(traces["biases"][i]));
+    layers[i]->weight.copy_(tensor_of(traces["weights"][i]));
+    layers[i]->bias.copy_(tensor_of(traces["biases"][i]));
     net->push_back(layers[i]);
     if (i + 1 < sizes.size()) net->push_back(torch::nn::ReLU());
   }
   Plugin::convert_module(*net, {.ignore_modules = {"0", "4"}});
   torch::optim::SGD optimizer(net->parameters(), traces["lr"].get<double>());
-  const at::Tensor x = stored_tensor(traces["x"]);
-  const at::Tensor y = stored_tensor(traces["y"]);
+  const at::Tensor x = tensor_of(traces["x"]);
+  const at::Tensor y = tensor_of(traces["y"]);
   double worst = 0;
   int64_t step = 0;
   for (const double expected : traces[TestType::name()].template get<std::vector<double>>()) {
@@ -394,14 +393,14 @@ TEST_CASE("[issue-5.6] a state that Python's package wrote is read") {
   for (const std::string mode : {"nf4", "nf4-dq", "fp4", "fp4-dq"}) {
     INFO(mode);
     Dict state;
-    for (const auto& [key, tensor] : layers[mode]["state"].items()) state[key] = stored_tensor(tensor);
+    for (const auto& [key, tensor] : layers[mode]["state"].items()) state[key] = tensor_of(tensor);
     torch::nn::Linear layer = layer_of(layers);
     load_quantised(*layer, state);
     layer->to(at::kCPU);
     const torch::NoGradGuard no_grad;
     layer->bias.set_data(layer->bias.to(at::kBFloat16));
     const Nf4::ForwardContext context(at::kCPU);
-    CHECK(equal_sums(layer(stored_tensor(layers["x"]).to(at::kBFloat16)), stored_tensor(layers[mode]["out"])));
+    CHECK(equal_sums(layer(tensor_of(layers["x"]).to(at::kBFloat16)), tensor_of(layers[mode]["out"])));
   }
 }
 

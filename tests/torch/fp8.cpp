@@ -17,14 +17,14 @@
 #include "fabric/fabric.hpp"
 #include "fabric/precision/transformer_engine.hpp"
 #include "support/catch.hpp"
+#include "support/reference.hpp"
 #include "support/stderr.hpp"
-#include "support/stored_tensors.hpp"
 
 namespace {
 
 using namespace fabric;
-using tests::stored;
-using tests::stored_tensor;
+using tests::read_reference;
+using tests::tensor_of;
 using Json = nlohmann::json;
 using Fp8 = PrecisionPlugin<TransformerEngine<>>;
 
@@ -80,25 +80,25 @@ at::Tensor product_in_fp8(const at::Tensor& x, const at::Tensor& w) {
 }  // namespace
 
 TEST_CASE("[issue-5.5] numbers become FP8 as in Python, saturated") {
-  const Json codes = stored("fp8.json.gz")["codes"];
-  const at::Tensor numbers = stored_tensor(codes["numbers"]);
-  const at::Tensor scales = stored_tensor(codes["scales"]);
+  const Json codes = read_reference("fp8.json.gz")["codes"];
+  const at::Tensor numbers = tensor_of(codes["numbers"]);
+  const at::Tensor scales = tensor_of(codes["scales"]);
   for (const auto& [name, type] : {std::pair{"E4M3", at::kFloat8_e4m3fn}, std::pair{"E5M2", at::kFloat8_e5m2}}) {
     for (int64_t i = 0; i < scales.numel(); ++i) {
       const at::Tensor quantised = fp8::quantise(numbers, scales[i], type);
-      CHECK(quantised.view(torch::kByte).equal(stored_tensor(codes[name][i])));
+      CHECK(quantised.view(torch::kByte).equal(tensor_of(codes[name][i])));
       CHECK_FALSE(quantised.to(torch::kFloat).isinf().any().item<bool>());
     }
   }
 }
 
 TEST_CASE("[issue-5.5] scales follow the magnitudes of the steps before, by each of the recipe's knobs") {
-  const Json scalings = stored("fp8.json.gz")["scalings"];
-  const at::Tensor magnitudes = stored_tensor(scalings["magnitudes"]);
+  const Json scalings = read_reference("fp8.json.gz")["scalings"];
+  const at::Tensor magnitudes = tensor_of(scalings["magnitudes"]);
   for (const std::string name : {"default", "short history", "most recent", "margin", "interval"}) {
     INFO(name);
     Fp8Recipe recipe = recipe_of(name);
-    const at::Tensor expected = stored_tensor(scalings[name]["history"]);
+    const at::Tensor expected = tensor_of(scalings[name]["history"]);
     recipe.amax_history_len = static_cast<int>(expected.size(1));
     at::Tensor history = torch::zeros({2, recipe.amax_history_len});
     at::Tensor scale = torch::ones({2});
@@ -107,7 +107,7 @@ TEST_CASE("[issue-5.5] scales follow the magnitudes of the steps before, by each
       history.select(1, 0).fill_(magnitudes[step].item<float>());
       fp8::update_scales(history, scale, bound, torch::tensor(step + 1), recipe);
       CHECK(equal_with_nans(history[0], expected[step]));
-      CHECK(scale[0].item<float>() == stored_tensor(scalings[name]["scale"])[step].item<float>());
+      CHECK(scale[0].item<float>() == tensor_of(scalings[name]["scale"])[step].item<float>());
       // The other operand differs by its type alone.
       if (scale[0].item<float>() != 1 && scale[1].item<float>() < 1e37) {
         CHECK(scale[1].item<float>() == Approx(scale[0].item<float>() * 128));
@@ -236,14 +236,14 @@ TEST_CASE("[issue-5.5] evaluation changes no scale and no history") {
 }
 
 TEST_CASE("[issue-5.5] training follows Python's steps, whatever the recipe") {
-  const Json traces = stored("fp8.json.gz")["traces"];
+  const Json traces = read_reference("fp8.json.gz")["traces"];
   const int64_t rows = traces["rows"];
   const auto [images, labels] = digits(25 * rows);
   const auto follow = [&, &images = images, &labels = labels](auto& fabric, const Json& trace, double tolerance) {
     Net net;
     {
       const torch::NoGradGuard no_grad;
-      for (auto& item : net->named_parameters()) item.value().copy_(stored_tensor(traces["weights"][item.key()]));
+      for (auto& item : net->named_parameters()) item.value().copy_(tensor_of(traces["weights"][item.key()]));
     }
     auto [model, optimizer] = fabric.setup(net, torch::optim::SGD(net->parameters(), traces["lr"].get<double>()));
     double worst = 0;
@@ -259,9 +259,9 @@ TEST_CASE("[issue-5.5] training follows Python's steps, whatever the recipe") {
     }
     CHECK(worst <= tolerance);
     const auto buffers = net->named_buffers();
-    const at::Tensor scale = stored_tensor(trace["scale"]);
+    const at::Tensor scale = tensor_of(trace["scale"]);
     CHECK(at::allclose(buffers["second.fp8.scale"], scale, 0.05, 0));
-    const at::Tensor history = stored_tensor(trace["amax_history"]);
+    const at::Tensor history = tensor_of(trace["amax_history"]);
     CHECK(at::allclose(buffers["second.fp8.amax_history"].slice(1, -history.size(1)), history, 0.1, 1e-6));
   };
   for (const std::string name : {"default", "short history", "most recent", "margin", "interval", "E4M3"}) {
