@@ -6,6 +6,7 @@
 #include <memory>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include <torch/csrc/distributed/c10d/PrefixStore.hpp>
 #include <torch/csrc/distributed/c10d/ProcessGroup.hpp>
@@ -34,6 +35,8 @@ struct GroupOptions {
   std::string name{};                       ///< The same on all ranks, and another one for each group.
   std::string device{};  ///< Gloo: the address of this host at which the others reach it, or an interface.
   bool device_is_interface = false;
+  /// Gloo: what to reach the others by instead, where another group of this process has it already.
+  std::vector<std::shared_ptr<::gloo::transport::Device>> transports{};
   std::chrono::milliseconds timeout{std::chrono::minutes(30)};  ///< Of each collective.
   /// Compare each collective with those of the other ranks before it runs. Costs more than the collectives themselves.
   bool detect_desync = false;
@@ -44,9 +47,12 @@ namespace detail {
 inline c10::intrusive_ptr<c10d::ProcessGroupGloo> make_gloo(const World& world, const GroupOptions& options,
                                                             const c10::intrusive_ptr<c10d::Store>& store) {
   auto gloo = c10d::ProcessGroupGloo::Options::create(options.timeout);
-  gloo->devices.push_back(options.device_is_interface
-                              ? c10d::ProcessGroupGloo::createDeviceForInterface(options.device)
-                              : c10d::ProcessGroupGloo::createDeviceForHostname(options.device));
+  gloo->devices = options.transports;
+  if (gloo->devices.empty()) {
+    gloo->devices.push_back(options.device_is_interface
+                                ? c10d::ProcessGroupGloo::createDeviceForInterface(options.device)
+                                : c10d::ProcessGroupGloo::createDeviceForHostname(options.device));
+  }
   return c10::make_intrusive<c10d::ProcessGroupGloo>(store, world.global_rank, world.size, std::move(gloo));
 }
 
