@@ -37,6 +37,7 @@
 #include "fabric/module/fabric_optimizer.hpp"
 #include "fabric/module/parameters.hpp"
 #include "fabric/policy/diagnose.hpp"
+#include "fabric/policy/strategy_precision.hpp"
 #include "fabric/precision/grad_scaler.hpp"
 #include "fabric/precision/precision_plugin.hpp"
 #include "fabric/strategy/engine_diagnosis.hpp"
@@ -233,19 +234,32 @@ class Fabric {
   template <class M>
   at::Tensor clip_gradients(const FabricModule<M, Engine, Plugin>& model, const ClipNorm& clip) {
     unscale();
-    return fabric::clip_gradients(model.module(), tolerant(clip));
+    if constexpr (requires { model.state()->masters(); }) {
+      return fabric::clip_gradients(model.state()->masters(), tolerant(clip), model.state()->combine(clip.norm_type));
+    } else {
+      return fabric::clip_gradients(model.module(), tolerant(clip));
+    }
   }
   /// Clips each element of the gradients.
   template <class M>
   void clip_gradients(const FabricModule<M, Engine, Plugin>& model, const ClipValue& clip) {
     unscale();
-    fabric::clip_gradients(model.module(), clip);
+    if constexpr (requires { model.state()->masters(); }) {
+      fabric::clip_gradients(model.state()->masters(), clip);
+    } else {
+      fabric::clip_gradients(model.module(), clip);
+    }
   }
   /// Clips the gradients of an optimizer's parameters alone.
   template <class O, class Clip>
   auto clip_gradients(const FabricOptimizer<O, Engine, Plugin>& optimizer, const Clip& clip) {
     if constexpr (Plugin::has_scaler) scaler_->unscale(*optimizer.scaling().gradients);
-    return fabric::clip_gradients(optimizer.optimizer(), tolerant(clip));
+    if constexpr (std::is_same_v<Clip, ClipNorm> && requires { optimizer.states().front()->masters(); }) {
+      return fabric::clip_gradients(optimizer.optimizer(), tolerant(clip),
+                                    optimizer.states().front()->combine(clip.norm_type));
+    } else {
+      return fabric::clip_gradients(optimizer.optimizer(), tolerant(clip));
+    }
   }
 
   /// What scales losses and gradients, for its factor and its state.
@@ -448,7 +462,7 @@ class Fabric {
   auto setup_if_module(T&& argument) {
     if constexpr (ModuleArgument<T>) {
       auto module = detail::shared_module(std::forward<T>(argument));
-      module->to(device_);
+      if constexpr (!requires { Engine::moves_modules; }) module->to(device_);
       if constexpr (requires { Plugin::convert_module(*module, precision_, world_); }) {
         Plugin::convert_module(*module, precision_, world_);
       } else {
@@ -457,7 +471,11 @@ class Fabric {
       using M = typename decltype(module)::element_type;
       FabricModule<M, Engine, Plugin> wrapped(std::move(module), device_.type());
       const KnownModule known = know(wrapped);
-      engine_.setup(*wrapped.state(), wrapped.module(), world_);
+      if constexpr (requires { engine_.setup(*wrapped.state(), wrapped.module(), world_, StrategyPrecision()); }) {
+        engine_.setup(*wrapped.state(), wrapped.module(), world_, strategy_precision_v<Strategy, Precision>);
+      } else {
+        engine_.setup(*wrapped.state(), wrapped.module(), world_);
+      }
       modules_.push_back(known);
       return wrapped;
     } else {
@@ -495,6 +513,7 @@ class Fabric {
       auto optimizer = detail::shared_optimizer(std::forward<T>(argument));
       std::vector<std::shared_ptr<ModuleState>> states;
       if constexpr (!std::is_empty_v<ModuleState>) states = states_behind(*optimizer);
+      if constexpr (requires { Engine::adopt(*optimizer, states); }) Engine::adopt(*optimizer, states);
       using O = typename decltype(optimizer)::element_type;
       detail::Scaling<Plugin> scaling;
       if constexpr (Plugin::has_scaler) scaling = {scaler_, scaler_->watch(optimizer)};

@@ -54,4 +54,23 @@ struct ReducerArguments {
   );
 }
 
+/// Every rank's `own` in `whole`, one after another. 2.15 renamed what the group calls it.
+template <class Group>
+[[nodiscard]] c10::intrusive_ptr<c10d::Work> all_gather_into(Group& group, at::Tensor whole, at::Tensor own) {
+  if constexpr (requires { group.all_gather_single(whole, own); }) {
+    return group.all_gather_single(whole, own);
+  } else {
+    return group._allgather_base(whole, own);
+  }
+}
+/// This rank's part of the sum of all ranks' `whole` in `own`.
+template <class Group>
+[[nodiscard]] c10::intrusive_ptr<c10d::Work> reduce_scatter_into(Group& group, at::Tensor own, at::Tensor whole) {
+  if constexpr (requires { group.reduce_scatter_single(own, whole); }) {
+    return group.reduce_scatter_single(own, whole);
+  } else {
+    return group._reduce_scatter_base(own, whole);
+  }
+}
+
 }  // namespace fabric::libtorch

@@ -25,7 +25,7 @@ inline int ranks() {
 /// Runs `body(fabric)` on all ranks. The first call starts the others, which run this program's test cases from the
 /// beginning like rank 0 does, and so come to this same call. A rank that fails takes the job down.
 template <class P, class S = Ddp, class Body>
-void on_ranks(DdpOptions options, Body&& body) {
+void on_ranks(typename Engine<Cpu, S>::Options options, Body&& body) {
   at::set_num_threads(1);
   options.timeout = std::chrono::seconds(60);
   int rank = -1;
@@ -46,7 +46,7 @@ void on_ranks(DdpOptions options, Body&& body) {
 }
 template <class P, class S = Ddp, class Body>
 void on_ranks(Body&& body) {
-  on_ranks<P, S>(DdpOptions{}, std::forward<Body>(body));
+  on_ranks<P, S>(typename Engine<Cpu, S>::Options{}, std::forward<Body>(body));
 }
 
 /// Runs this program's test cases once more, on that many ranks. Called on all ranks; the first one does it.

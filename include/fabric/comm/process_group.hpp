@@ -2,6 +2,7 @@
 #pragma once
 
 #include <chrono>
+#include <concepts>
 #include <cstdint>
 #include <memory>
 #include <string>
@@ -19,6 +20,7 @@
 #endif
 
 #include "fabric/comm/world.hpp"
+#include "fabric/policy/accelerator.hpp"
 
 namespace fabric {
 
@@ -43,6 +45,10 @@ struct GroupOptions {
 };
 
 namespace detail {
+
+/// Gloo serves Cpu always; Cuda needs a program built with NCCL.
+template <class A>
+inline constexpr bool has_collectives = std::same_as<A, Cpu> || (std::same_as<A, Cuda> && built_with_nccl);
 
 inline c10::intrusive_ptr<c10d::ProcessGroupGloo> make_gloo(const World& world, const GroupOptions& options,
                                                             const c10::intrusive_ptr<c10d::Store>& store) {

@@ -122,8 +122,13 @@ struct EnvironmentObject {
   friend constexpr bool operator==(const EnvironmentObject&, const EnvironmentObject&) = default;
 };
 
-/// How Fsdp distributes parameters.
-enum class Sharding : std::uint8_t { full, grad_op, none, hybrid };
+/// What the ranks of a shard group divide among themselves. All but `none` divide the optimizer's state.
+enum class Sharding : std::uint8_t {
+  full,     ///< Parameters and gradients too: each unit is gathered for its forward and again for its backward.
+  grad_op,  ///< Gradients; parameters are gathered for forward and kept until their backward is over.
+  none,     ///< Nothing: every rank holds everything, and gradients are all-reduced.
+  hybrid,   ///< `full` among neighbours, such as the processes of one node; the groups are replicas of one another.
+};
 
 /// Options of a strategy that are no part of its type.
 struct StrategyOptions {

@@ -129,6 +129,8 @@ class FabricOptimizer {
   /// The optimizer itself, for learning rates and schedulers.
   [[nodiscard]] O& optimizer() const { return *optimizer_; }
   O* operator->() const { return optimizer_.get(); }
+  /// Those of the modules whose parameters it changes.
+  [[nodiscard]] const std::vector<std::shared_ptr<ModuleState>>& states() const { return states_; }
   /// What the precision's scaler keeps for this optimizer.
   [[nodiscard]] const Scaling& scaling() const { return scaling_; }
 
@@ -136,7 +138,10 @@ class FabricOptimizer {
   void before_step() {
     for (const auto& state : states_) Engine::before_step(*state);
   }
-  static void after_step() {
+  void after_step() {
+    if constexpr (requires(ModuleState & state) { Engine::after_step(state); }) {
+      for (const auto& state : states_) Engine::after_step(*state);
+    }
     if constexpr (requires { Precision::after_step(); }) Precision::after_step();
   }
 

@@ -60,6 +60,12 @@ struct StrategyFacts {
          s.family == StrategyFamily::xla_fsdp;
 }
 
+/// Does the strategy shard parameters, gradients or optimizer state over processes?
+[[nodiscard]] constexpr bool is_sharded(const StrategyFacts& s) {
+  return s.family == StrategyFamily::fsdp || s.family == StrategyFamily::deepspeed ||
+         s.family == StrategyFamily::model_parallel;
+}
+
 /// A strategy policy is an empty type with `static constexpr StrategyFacts facts`.
 template <class S>
 concept StrategyPolicy = std::is_empty_v<S> && requires {

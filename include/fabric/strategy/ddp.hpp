@@ -25,6 +25,7 @@
 #include "fabric/module/parameters.hpp"
 #include "fabric/strategy/ddp_hooks.hpp"
 #include "fabric/strategy/engine.hpp"
+#include "fabric/strategy/sync_guard.hpp"
 #include "fabric/tree.hpp"
 
 namespace fabric {
@@ -228,21 +229,6 @@ class DdpEngine {
   using Options = DdpOptions;
   using ModuleState = DdpModule<find_unused_parameters>;
 
-  /// While alive, gradients stay local.
-  class SyncGuard {
-   public:
-    SyncGuard(ModuleState& module, bool enabled) : module_(module), before_(module.sync_gradients) {
-      if (enabled) module_.sync_gradients = false;
-    }
-    ~SyncGuard() { module_.sync_gradients = before_; }
-    SyncGuard(const SyncGuard&) = delete;
-    SyncGuard& operator=(const SyncGuard&) = delete;
-
-   private:
-    ModuleState& module_;
-    bool before_;
-  };
-
   explicit DdpEngine(const Options& options) : options_(options) {}
   /// `options` with what a strategy object brought in the selection.
   static Options merged(Options options, const StrategyOptions& brought) {
@@ -267,15 +253,11 @@ class DdpEngine {
   static void after_backward(ModuleState& state) { state.after_backward(); }
   static void before_step(ModuleState& state) { state.before_step(); }
   static void after_zero_grad(ModuleState& state) { state.after_zero_grad(); }
-  static SyncGuard no_backward_sync(ModuleState& state, bool enabled) { return {state, enabled}; }
+  static SyncGuard<ModuleState> no_backward_sync(ModuleState& state, bool enabled) { return {state, enabled}; }
 
  private:
   Options options_;
 };
-
-/// Gloo serves Cpu always; Cuda needs a program built with NCCL.
-template <class A>
-inline constexpr bool has_collectives = std::same_as<A, Cpu> || (std::same_as<A, Cuda> && built_with_nccl);
 
 }  // namespace detail
 

@@ -13,11 +13,19 @@ namespace fabric {
 /// - `Engine(Options)`;
 /// - `World launch(const Selection&, at::Device)`: starts or joins the other processes;
 /// - `void setup(ModuleState&, torch::nn::Module&, const World&)`: makes the replicas equal and hooks into backward;
+/// one
+///   that keeps parameters in other dtypes takes the `StrategyPrecision` besides;
 /// - `forward(ModuleState&, run)`: calls `run()`, which runs the module, and returns its result;
 /// - `void after_backward(ModuleState&)`;
 /// - `void before_step(ModuleState&)`: throws when the gradients are not what the optimizer may use;
 /// - `void after_zero_grad(ModuleState&)`;
-/// - `SyncGuard no_backward_sync(ModuleState&, bool enabled)`: while alive, backward keeps gradients local.
+/// - `SyncGuard no_backward_sync(ModuleState&, bool enabled)`: while alive, backward keeps gradients local;
+/// and if it needs them
+/// - `template <class P> Plugin`: what a precision does here, in place of `PrecisionPlugin<P>`;
+/// - `moves_modules`, false if `setup` brings the module to the device by itself;
+/// - `void adopt(torch::optim::Optimizer&, const std::vector<std::shared_ptr<ModuleState>>&)`: an optimizer of these
+///   modules' parameters is set up, which may have to change others instead;
+/// - `void after_step(ModuleState&)`: an optimizer has changed what it has.
 /// `SingleDevice`'s is the smallest example.
 template <class A, class S>
 class Engine;

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include "fabric/comm/process_group.hpp"
 #include "fabric/policy/diagnose.hpp"
 #include "fabric/precision/precision_plugin.hpp"
 #include "fabric/precision/true_precision.hpp"
@@ -27,6 +28,10 @@ struct include_fabric_precision_transformer_engine_hpp;
 template <class Given>
 struct include_fabric_precision_bitsandbytes_hpp;
 
+/// Never defined: likewise <fabric/sharding.hpp>.
+template <class Given>
+struct include_fabric_sharding_hpp;
+
 /// Never defined: the engine exists, but this program is built without NCCL. Configure with a CUDA LibTorch.
 template <class Given>
 struct built_without_nccl;
@@ -35,8 +40,8 @@ namespace detail {
 
 /// Processes on GPUs talk by NCCL.
 template <class A, class S>
-inline constexpr bool needs_nccl =
-    A::facts.device == DeviceType::cuda&& S::facts.family == StrategyFamily::ddp&& S::facts.built_in;
+inline constexpr bool needs_nccl = A::facts.device == DeviceType::cuda&& S::facts.built_in &&
+                                   (S::facts.family == StrategyFamily::ddp || is_sharded(S::facts));
 
 /// The code behind policies; a stand-in for policies that are refused, so that the message is not buried under errors
 /// that follow from it.
@@ -51,6 +56,12 @@ struct CodeFor<A, S, P> {
   using Engine = fabric::Engine<A, S>;
   using Plugin = PrecisionPlugin<P>;
 };
+template <class A, class S, class P>
+requires HasEngine<A, S> && HasPrecisionPlugin<P> && requires { typename fabric::Engine<A, S>::template Plugin<P>; }
+struct CodeFor<A, S, P> {
+  using Engine = fabric::Engine<A, S>;
+  using Plugin = typename Engine::template Plugin<P>;
+};
 
 }  // namespace detail
 
@@ -60,8 +71,10 @@ constexpr bool diagnose_engine() {
   if constexpr (first_refusal(combination_v<A, S, P, E>) != RuleId::none) {
     return true;  // already refused by a rule
   } else if constexpr (!HasEngine<A, S>) {
-    if constexpr (detail::needs_nccl<A, S>) {
+    if constexpr (detail::needs_nccl<A, S> && !built_with_nccl) {
       return sizeof(built_without_nccl<Fabric<A, S, P, E>>) != 0;
+    } else if constexpr (S::facts.built_in && is_sharded(S::facts)) {
+      return sizeof(include_fabric_sharding_hpp<Fabric<A, S, P, E>>) != 0;
     } else {
       return sizeof(engine_not_written_yet<Fabric<A, S, P, E>, use_instead<Fabric<Cpu, Ddp, F32, E>>>) != 0;
     }

@@ -1,0 +1,60 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <type_traits>
+#include <utility>
+
+#include <torch/torch.h>
+
+#include "fabric/policy/strategy_precision.hpp"
+#include "fabric/precision/autocast.hpp"
+#include "fabric/precision/grad_scaler.hpp"
+#include "fabric/precision/precision_plugin.hpp"
+
+namespace fabric {
+
+/// What a precision does under a strategy that shards: the conversions that `strategy_precision` says. The module's own
+/// dtypes are the engine's business, which keeps exact masters and whole parameters for computing.
+template <class S, class P>
+class ShardedPrecision {
+ public:
+  static constexpr StrategyPrecision traits = strategy_precision_v<S, P>;
+  static constexpr bool has_scaler = traits.scaling != GradientScaling::none;
+
+  using Options = std::conditional_t<has_scaler, GradScalerOptions, NoOptions>;
+  struct InitContext : DefaultDtypeGuard {
+    InitContext() : DefaultDtypeGuard(dtype_of(traits.init)) {}
+  };
+  /// Autocast, if the strategy has it, in the default dtype of forward.
+  class ForwardContext {
+   public:
+    explicit ForwardContext(at::DeviceType device) : dtype_(dtype_of(traits.forward)) {
+      if constexpr (traits.autocast.has_value()) autocast_.emplace(device, dtype_of(*traits.autocast));
+    }
+
+   private:
+    DefaultDtypeGuard dtype_;
+    std::optional<AutocastGuard> autocast_{};
+  };
+
+  static void convert_module(torch::nn::Module& /*module*/) {}
+  template <class T>
+  static auto convert_input(T&& value) {
+    if constexpr (traits.input.has_value()) {
+      return detail::cast_floats(std::forward<T>(value), dtype_of(*traits.input));
+    } else {
+      return tree::Bare<T>(std::forward<T>(value));
+    }
+  }
+  template <class T>
+  static auto convert_output(T&& value) {
+    if constexpr (traits.converts_output) {
+      return detail::cast_floats(std::forward<T>(value), detail::default_dtype());
+    } else {
+      return tree::Bare<T>(std::forward<T>(value));
+    }
+  }
+  static void after_step() { at::autocast::clear_cache(); }
+};
+
+}  // namespace fabric

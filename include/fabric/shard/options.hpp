@@ -1,0 +1,101 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <algorithm>
+#include <chrono>
+#include <cstdint>
+#include <functional>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+#include <torch/torch.h>
+
+#include "fabric/connector/flags.hpp"
+
+namespace fabric {
+
+/// Which parameters form a unit, the portion in which parameters are gathered and gradients reduced.
+class Units {
+ public:
+  /// Does the module of this name form a unit? The innermost one that does has the parameter; parameters outside are
+  /// grouped as they are registered.
+  using Predicate = std::function<bool(std::string_view name, const torch::nn::Module& module)>;
+
+  /// Modules of any size, in the order of registration, together until `elements` would be exceeded. By default that is
+  /// an eighth of all, and no more than 8 million.
+  static Units by_size(std::int64_t elements) {
+    Units units;
+    units.elements_ = elements;
+    return units;
+  }
+  /// Each module of one of these types: `Units::by_type<BlockImpl>()`.
+  template <class... Modules>
+  static Units by_type() {
+    return by([](std::string_view /*name*/, const torch::nn::Module& module) {
+      return (... || (dynamic_cast<const Modules*>(&module) != nullptr));
+    });
+  }
+  /// Each module of one of these names; `*` stands for one component: `Units::by_name({"blocks.*"})`.
+  static Units by_name(std::vector<std::string> patterns) {
+    return by([patterns = std::move(patterns)](std::string_view name, const torch::nn::Module& /*module*/) {
+      for (const std::string& pattern : patterns) {
+        if (matches(name, pattern)) return true;
+      }
+      return false;
+    });
+  }
+  static Units by(Predicate predicate) {
+    Units units;
+    units.predicate_ = std::move(predicate);
+    return units;
+  }
+
+  [[nodiscard]] const Predicate& predicate() const { return predicate_; }
+  /// The limit for a module with so many elements.
+  [[nodiscard]] std::int64_t elements_of(std::int64_t all) const {
+    return elements_ > 0 ? elements_ : std::clamp<std::int64_t>(all / 8, 1, 8'000'000);
+  }
+
+  /// Is the name what the pattern says, component by component?
+  static bool matches(std::string_view name, std::string_view pattern) {
+    while (true) {
+      const auto [own, rest] = head(name);
+      const auto [wanted, more] = head(pattern);
+      if (wanted != "*" && wanted != own) return false;
+      if (rest.empty() || more.empty()) return rest.empty() && more.empty();
+      name = rest;
+      pattern = more;
+    }
+  }
+
+ private:
+  static std::pair<std::string_view, std::string_view> head(std::string_view name) {
+    const auto dot = name.find('.');
+    return dot == std::string_view::npos ? std::pair(name, std::string_view())
+                                         : std::pair(name.substr(0, dot), name.substr(dot + 1));
+  }
+
+  Predicate predicate_;
+  std::int64_t elements_ = 0;
+};
+
+/// What may be tuned of the strategies that shard.
+struct ShardingOptions {
+  Sharding sharding = Sharding::full;  ///< Of Fsdp and ModelParallel; DeepSpeed's stage says it otherwise.
+  int shard_group_size = 0;            ///< Of Sharding::hybrid; by default the processes of one node.
+  Units units{};
+  bool reshard_after_forward = true;    ///< Give a unit's memory back between its forward and its backward.
+  bool prefetch = true;                 ///< Gather the next unit, known from the step before, while this one computes.
+  int units_in_flight = 2;              ///< How many units may be whole at once, with the one that is being fetched.
+  bool find_unused_parameters = false;  ///< Allow parameters without a part in the loss; one more small collective.
+  bool broadcast_buffers = true;        ///< Buffers (BatchNorm's statistics) are rank 0's in each step and after it.
+  std::optional<at::ScalarType> reduce_dtype{};  ///< Of gradients on their way; by default as the precision says.
+  std::chrono::milliseconds timeout{std::chrono::minutes(30)};  ///< Of each collective.
+  bool detect_desync = false;                                   ///< See LaunchOptions, as for the next one.
+  std::string log_dir{};
+};
+
+}  // namespace fabric

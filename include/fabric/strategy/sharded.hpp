@@ -1,0 +1,192 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <cstddef>
+#include <memory>
+#include <string>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#include <torch/torch.h>
+
+#include "fabric/comm/process_group.hpp"
+#include "fabric/comm/subgroup.hpp"
+#include "fabric/connector/selection.hpp"
+#include "fabric/error.hpp"
+#include "fabric/launch/processes.hpp"
+#include "fabric/policy/strategy_precision.hpp"
+#include "fabric/precision/precision_plugin.hpp"
+#include "fabric/precision/sharded_precision.hpp"
+#include "fabric/shard/adopt_optimizer.hpp"
+#include "fabric/shard/options.hpp"
+#include "fabric/shard/sharded_module.hpp"
+#include "fabric/strategy/engine.hpp"
+#include "fabric/strategy/sync_guard.hpp"
+
+namespace fabric {
+
+namespace detail {
+
+/// The ranks of a job in shard groups of `size` neighbours. All ranks call this together.
+inline ShardGroups make_shard_groups(const World& world, int size) {
+  ShardGroups groups{.world = world, .shard = world, .prefetch = world, .replicate = world};
+  World alone = world;
+  alone.size = 1;
+  alone.global_rank = 0;
+  alone.group.reset();
+  if (size == world.size) {
+    groups.replicate = alone;
+  } else if (size == 1) {
+    groups.shard = alone;
+  } else {
+    std::vector<int> neighbours;
+    std::vector<int> peers;
+    for (int rank = 0; rank < world.size; ++rank) {
+      if (rank / size == world.global_rank / size) neighbours.push_back(rank);
+      if (rank % size == world.global_rank % size) peers.push_back(rank);
+    }
+    groups.shard = world_of(world, make_subgroup(world, neighbours, "shard"));
+    groups.replicate = world_of(world, make_subgroup(world, peers, "replicate"));
+  }
+  groups.prefetch = groups.shard;
+  if (world.device.is_cuda() && groups.shard.size > 1) {
+    // NCCL runs what one group does in its order: gathering must not wait for the reductions before it.
+    std::vector<int> ranks;
+    const int first = groups.shard.size == world.size ? 0 : world.global_rank / size * size;
+    for (int rank = first; rank < first + groups.shard.size; ++rank) ranks.push_back(rank);
+    groups.prefetch = world_of(world, make_subgroup(world, ranks, "prefetch"));
+  }
+  return groups;
+}
+
+/// The strategies that shard, on one engine; `S` says what of it they use.
+template <class A, class S>
+class ShardedEngine {
+ public:
+  using Options = ShardingOptions;
+  using ModuleState = ShardedModule;
+  /// What a precision does here.
+  template <class P>
+  using Plugin =
+      std::conditional_t<P::facts.kind == PrecisionKind::custom || P::facts.kind == PrecisionKind::bitsandbytes,
+                         PrecisionPlugin<P>, ShardedPrecision<S, P>>;
+  /// Units move to the device one by one.
+  static constexpr bool moves_modules = false;
+
+  explicit ShardedEngine(const Options& options) : options_(options) { check_options(); }
+
+  /// `options` with what a strategy object brought in the selection.
+  static Options merged(Options options, const StrategyOptions& brought) {
+    if (brought.sharding != Sharding::full) options.sharding = brought.sharding;
+    return options;
+  }
+
+  World launch(const Selection& selection, at::Device device) {
+    World world = join_world(selection, device, launch_options());
+    groups_ = make_shard_groups(world, shard_group_size(world));
+    return world;
+  }
+  [[nodiscard]] LaunchOptions launch_options() const {
+    return {.timeout = options_.timeout, .detect_desync = options_.detect_desync, .log_dir = options_.log_dir};
+  }
+
+  void setup(ShardedModule& state, torch::nn::Module& module, const World& world, const StrategyPrecision& precision) {
+    for (at::Tensor& buffer : module.buffers()) {
+      const bool converts = buffer.is_floating_point() && (precision.module || precision.buffers != Scalar::f32);
+      buffer.set_data(converts ? buffer.to(world.device, dtype_of(precision.buffers)) : buffer.to(world.device));
+    }
+    groups_.world = world;
+    Options options = options_;
+    if (options.sharding == Sharding::grad_op) options.reshard_after_forward = false;
+    state.setup(module, groups_, options, layout(world, precision));
+  }
+  static void adopt(torch::optim::Optimizer& optimizer, const std::vector<std::shared_ptr<ShardedModule>>& states) {
+    adopt_optimizer(optimizer, states);
+  }
+  template <class Run>
+  static auto forward(ShardedModule& state, Run&& run) {
+    return state.forward(std::forward<Run>(run));
+  }
+  static void after_backward(ShardedModule& state) { state.after_backward(); }
+  static void before_step(ShardedModule& state) { state.before_step(); }
+  static void after_step(ShardedModule& state) { state.after_step(); }
+  static void after_zero_grad(ShardedModule& state) { state.after_zero_grad(); }
+  static SyncGuard<ShardedModule> no_backward_sync(ShardedModule& state, bool enabled) { return {state, enabled}; }
+
+ private:
+  static constexpr StrategyFacts facts = S::facts;
+  static constexpr bool is_deepspeed = facts.stage > 0;  // whose stage says what is sharded
+
+  void check_options() const {
+    std::string problems;
+    if (is_deepspeed && options_.sharding != Sharding::full) {
+      problems += "\n  sharding: DeepSpeed's stage says what is sharded; choose DeepSpeed<1>, <2> or <3>";
+    }
+    if (options_.shard_group_size != 0 && options_.sharding != Sharding::hybrid) {
+      problems += "\n  shard_group_size: only Sharding::hybrid has groups";
+    }
+    if (options_.shard_group_size < 0) problems += "\n  shard_group_size: one or more ranks, or 0 for those of a node";
+    if (options_.units_in_flight < 1) {
+      problems += "\n  units_in_flight: " + std::to_string(options_.units_in_flight) + "; one or more is legal";
+    }
+    if (!problems.empty()) throw Error("fabric: the options of " + std::string(facts.name.view()) + ":" + problems);
+  }
+
+  [[nodiscard]] int shard_group_size(const World& world) const {
+    switch (options_.sharding) {
+      case Sharding::full:
+      case Sharding::grad_op: return world.size;
+      case Sharding::none: return 1;
+      case Sharding::hybrid: break;
+    }
+    const int size = options_.shard_group_size != 0 ? options_.shard_group_size : local_size(world);
+    if (world.size % size == 0) return size;
+    throw Error("fabric: Sharding::hybrid: groups of " + std::to_string(size) + " do not divide the " +
+                std::to_string(world.size) + " ranks: set shard_group_size to a divisor");
+  }
+  /// How many ranks a node has. All call this.
+  static int local_size(const World& world) {
+    at::Tensor most = torch::tensor({static_cast<std::int64_t>(world.local_rank) + 1}).to(world.device);
+    return static_cast<int>(all_reduce(world, std::move(most), ReduceOp::max).item().toLong());
+  }
+
+  [[nodiscard]] ShardedModule::Layout layout(const World& world, const StrategyPrecision& precision) const {
+    const bool converts = precision.module.has_value() || precision.compute != Scalar::f32;
+    const auto converted = [converts](Scalar to) {
+      return [converts, to = dtype_of(to)](at::ScalarType kept) {
+        return converts && at::isFloatingType(kept) ? to : kept;
+      };
+    };
+    ShardedModule::Layout layout;
+    layout.compute = converted(precision.compute);
+    layout.reduce = converted(precision.reduce);
+    if (options_.reduce_dtype) layout.reduce = [to = *options_.reduce_dtype](at::ScalarType /*kept*/) { return to; };
+    // Mixed precisions leave masters as they are; DeepSpeed keeps 32-bit copies of half floats besides.
+    const bool exact = is_deepspeed && precision.module && *precision.module != Scalar::f64;
+    layout.master = [](at::ScalarType kept) { return kept; };
+    if (precision.module) layout.master = converted(exact ? Scalar::f32 : *precision.module);
+    const bool is_alone = groups_.shard.size == 1;
+    layout.frees_parameters = !is_alone && (!is_deepspeed || facts.stage == 3);
+    layout.frees_buckets = !is_deepspeed || facts.stage > 1;
+    layout.master_device = is_offloaded(facts.optimizer_offload) ? at::Device(at::kCPU) : world.device;
+    layout.own_device = is_offloaded(facts.parameter_offload) ? at::Device(at::kCPU) : world.device;
+    return layout;
+  }
+  static constexpr bool is_offloaded(Offload offload) { return offload != Offload::none; }
+
+  Options options_;
+  ShardGroups groups_;
+};
+
+}  // namespace detail
+
+/// Fsdp, DeepSpeed and ModelParallel, on Cpu (by gloo) and Cuda (by NCCL); which goes with which is the rules'
+/// business.
+template <class A, class S>
+requires(detail::has_collectives<A>&& S::facts.built_in&& is_sharded(S::facts)) class Engine<A, S>
+    : public detail::ShardedEngine<A, S> {
+  using detail::ShardedEngine<A, S>::ShardedEngine;
+};
+
+}  // namespace fabric
