@@ -160,7 +160,8 @@ constexpr const EnvironmentReader& reader_of(EnvironmentKind kind) {
 
 /// The rank by which a process decides whether it prints warnings, before any environment is chosen.
 [[nodiscard]] constexpr int rank_for_messages(const Variables& variables) {
-  for (const std::string_view name : {"RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK"}) {
+  for (const std::string_view name :
+       {"RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK", "OMPI_COMM_WORLD_RANK", "PMI_RANK"}) {
     if (const Found<Variable> v = variables.find(name)) return to_int(parse_integer(v->value).value);
   }
   return 0;
