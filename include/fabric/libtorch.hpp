@@ -5,6 +5,7 @@
 
 #include <memory>
 #include <string>
+#include <type_traits>
 #include <unordered_map>
 #include <utility>
 #include <vector>
@@ -72,5 +73,25 @@ template <class Group>
     return group._reduce_scatter_base(own, whole);
   }
 }
+
+/// A pointer to a node of the autograd graph: shared in 2.9, intrusive later.
+using NodePointer = std::remove_cvref_t<decltype(std::declval<const at::Tensor&>().grad_fn())>;
+
+/// A reference to a node that does not keep the graph behind it alive.
+class WeakNode {
+ public:
+  WeakNode() = default;
+  explicit WeakNode(const NodePointer& node) : node_(node) {}
+  /// Null when the node is gone.
+  [[nodiscard]] NodePointer lock() const { return node_.lock(); }
+
+ private:
+  template <class Node>
+  static std::weak_ptr<Node> weak(const std::shared_ptr<Node>&);
+  template <class Node>
+  static c10::weak_intrusive_ptr<Node> weak(const c10::intrusive_ptr<Node>&);
+
+  decltype(weak(std::declval<NodePointer>())) node_{NodePointer()};
+};
 
 }  // namespace fabric::libtorch

@@ -41,6 +41,13 @@ inline void check_bound(const char* name, double bound) {
               ": zero or more is legal");
 }
 
+inline void check_clip(const ClipNorm& clip) {
+  check_bound("max_norm", clip.max_norm);
+  if (clip.norm_type > 0) return;
+  throw Error("fabric: clip_gradients: norm_type is " + std::to_string(clip.norm_type) +
+              ": a number above zero or infinity is legal");
+}
+
 /// Tensors that one foreach kernel can take: of one device and dtype.
 inline std::vector<std::vector<at::Tensor>> by_device_and_dtype(const std::vector<at::Tensor>& tensors) {
   std::vector<std::vector<at::Tensor>> lists;
@@ -96,6 +103,13 @@ template <class Owner>
               ": nothing was clipped. Lower the learning rate, or clip with error_if_nonfinite = false");
 }
 
+template <class Owner>
+void check_finite(const Owner& owner, const ClipNorm& clip, const at::Tensor& norm) {
+  if (!clip.error_if_nonfinite) return;
+  const double value = norm.template item<double>();
+  if (!std::isfinite(value)) refuse_nonfinite(owner, value);
+}
+
 }  // namespace detail
 
 /// Clips the gradients of `owner`, a module or an optimizer (which is faster, its parameters being in a list) or
@@ -105,20 +119,13 @@ template <class Owner>
 template <class Owner, class Combine = WholeGradients>
 at::Tensor clip_gradients(const Owner& owner, const ClipNorm& clip, Combine combine = {}) {
   constexpr bool is_whole = std::is_same_v<Combine, WholeGradients>;
-  detail::check_bound("max_norm", clip.max_norm);
-  if (!(clip.norm_type > 0)) {
-    throw Error("fabric: clip_gradients: norm_type is " + std::to_string(clip.norm_type) +
-                ": a number above zero or infinity is legal");
-  }
+  detail::check_clip(clip);
   const at::NoGradGuard no_grad;
   const auto lists = detail::by_device_and_dtype(gradients_of(owner));
   if (lists.empty() && is_whole) return at::zeros({});
   at::Tensor norm = lists.empty() ? at::zeros({}) : detail::total_norm(lists, clip.norm_type);
   if constexpr (!is_whole) norm = detail::combined_norm(norm, clip.norm_type, combine);
-  if (clip.error_if_nonfinite) {
-    const double value = norm.template item<double>();
-    if (!std::isfinite(value)) detail::refuse_nonfinite(owner, value);
-  }
+  detail::check_finite(owner, clip, norm);
   detail::scale_to(lists, norm, clip.max_norm);
   return norm;
 }
