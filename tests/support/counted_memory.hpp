@@ -2,9 +2,12 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
-#include <utility>
+#include <cstdlib>
+#include <cstring>
+#include <new>
 
 #include <c10/core/Allocator.h>
 #include <c10/core/CPUAllocator.h>
@@ -21,32 +24,35 @@ class CountedMemory : public c10::Allocator {
 
   [[nodiscard]] std::int64_t now() const { return now_; }
   [[nodiscard]] std::int64_t peak() const { return peak_; }
-  void forget_peak() { peak_ = now_; }
+  void forget_peak() { peak_ = now_.load(); }
 
   c10::DataPtr allocate(std::size_t bytes) override {
-    auto data = inner_->allocate(bytes);
-    void* pointer = data.get();
+    auto* begin = static_cast<unsigned char*>(std::aligned_alloc(alignment, rounded(bytes) + alignment));
+    if (begin == nullptr) throw std::bad_alloc();
+    std::memcpy(begin, &bytes, sizeof bytes);
     now_ += static_cast<std::int64_t>(bytes);
-    peak_ = std::max(peak_, now_);
-    return {pointer, new Counted{std::move(data), static_cast<std::int64_t>(bytes)}, &release, at::Device(at::kCPU)};
+    peak_ = std::max(peak_.load(), now_.load());
+    return {begin + alignment, begin + alignment, &release, at::Device(at::kCPU)};
   }
+  [[nodiscard]] c10::DeleterFnPtr raw_deleter() const override { return &release; }
   void copy_data(void* to, const void* from, std::size_t bytes) const override { default_copy_data(to, from, bytes); }
 
  private:
-  struct Counted {
-    c10::DataPtr data;
-    std::int64_t bytes;
-  };
-  static void release(void* context) {
-    auto* counted = static_cast<Counted*>(context);
-    now_ -= counted->bytes;
-    delete counted;
+  static constexpr std::size_t alignment = 64;
+  static std::size_t rounded(std::size_t bytes) { return (bytes + alignment - 1) / alignment * alignment; }
+  static void release(void* data) {
+    if (data == nullptr) return;
+    auto* begin = static_cast<unsigned char*>(data) - alignment;
+    std::size_t bytes = 0;
+    std::memcpy(&bytes, begin, sizeof bytes);
+    now_ -= static_cast<std::int64_t>(bytes);
+    std::free(begin);
   }
 
   static constexpr std::uint8_t priority = 100;
   // Static, since tensors may outlive it.
-  inline static std::int64_t now_ = 0;
-  inline static std::int64_t peak_ = 0;
+  inline static std::atomic<std::int64_t> now_ = 0;
+  inline static std::atomic<std::int64_t> peak_ = 0;
   c10::Allocator* inner_;
 };
 
