@@ -78,9 +78,11 @@ TEST_CASE("[issue-8.8] Ddp: recomputed blocks train to the same bits, with accum
   on_ranks<BF16Mixed>([](auto& fabric) { check_same(fabric, false); });
 }
 
-TEST_CASE("[issue-8.8] Ddp that looks for unused parameters, or whose graph is static, sees through recomputed blocks") {
+TEST_CASE(
+    "[issue-8.8] Ddp that looks for unused parameters, or whose graph is static, sees through recomputed blocks") {
   on_ranks<F32, DdpFindUnusedParameters>([](auto& fabric) { check_same(fabric, true); });
-  on_ranks<F32>(DdpOptions{.static_graph = true}, [](auto& fabric) { check_same(fabric, false, /*accumulate=*/false); });
+  on_ranks<F32>(DdpOptions{.static_graph = true},
+                [](auto& fabric) { check_same(fabric, false, /*accumulate=*/false); });
 }
 
 TEST_CASE("[issue-8.6] Ddp: a module that was made without memory is rank 0's on all ranks after setup") {

@@ -48,7 +48,8 @@ struct ZooImpl : torch::nn::Module {
   at::Tensor truncated{register_parameter("truncated", torch::empty({70, 9}))};
   at::Tensor half{register_parameter("half", torch::randn({4, 5}, torch::kBFloat16), /*requires_grad=*/false)};
   torch::nn::Dropout dropout{register_module(
-      "dropout", torch::nn::Dropout(torch::linspace(0, 0.1, 5)[3].item<double>()))};  // a value that is no matter of luck
+      "dropout",
+      torch::nn::Dropout(torch::linspace(0, 0.1, 5)[3].item<double>()))};  // a value that is no matter of luck
   at::Tensor unregistered = torch::randn({3});
 
   ZooImpl() {
@@ -145,8 +146,8 @@ TEST_CASE("[issue-8.6] a deferred module has the values that it would have had a
   const auto run = [](Zoo zoo) {
     torch::manual_seed(2);
     const auto x = torch::randn({3, 2, 8});
-    const auto out = std::get<0>(zoo->lstm(x)).sum() + zoo->transformer(x, x).sum() +
-                     zoo->conv(torch::randn({1, 3, 5, 5})).sum();
+    const auto out =
+        std::get<0>(zoo->lstm(x)).sum() + zoo->transformer(x, x).sum() + zoo->conv(torch::randn({1, 3, 5, 5})).sum();
     out.backward();
     return zoo->lstm->parameters()[0].grad() + out.detach();
   };
@@ -195,10 +196,9 @@ TEST_CASE("[issue-8.6] tied tensors come once and views of one memory together, 
   CHECK(deferred->turned.data_ptr() == deferred->first.data_ptr());
 
   std::vector<std::string> names;
-  materialise(*deferred_init([] { return Tied(); }), Materialise{},
-              [&](const std::string& name, const at::Tensor& /*slot*/, const at::Tensor& /*real*/) {
-                names.push_back(name);
-              });
+  materialise(
+      *deferred_init([] { return Tied(); }), Materialise{},
+      [&](const std::string& name, const at::Tensor& /*slot*/, const at::Tensor& /*real*/) { names.push_back(name); });
   CHECK(names == std::vector<std::string>{"first", "turned", "other"});
 }
 
@@ -304,6 +304,9 @@ TEST_CASE("[issue-8.6] tensors from outside are read as they are") {
     return linear;
   };
   check_same_values(make);
+  auto deferred = deferred_init(make);
+  pretrained.add_(1);
+  CHECK_THROWS_WITH(materialise(*deferred), ContainsSubstring("has been changed since"));
 }
 
 TEST_CASE("[issue-8.6] what needs values that do not exist yet is refused, with the operator's name") {
@@ -350,6 +353,13 @@ TEST_CASE("[issue-8.6] what needs values that do not exist yet is refused, with 
              }),
              ContainsSubstring("aten::copy_ changes a tensor that was made outside"));
   CHECK(outside.equal(torch::ones({2})));
+  CHECK_THAT(message_of([] {
+               torch::nn::Linear linear(2, 2);
+               const torch::NoGradGuard no_grad;
+               linear->weight.normal_(0, 1, at::detail::createCPUGenerator(3));
+               return linear;
+             }),
+             ContainsSubstring("aten::normal_ draws from a generator of the program's own"));
   CHECK_THROWS_AS(deferred_init([]() -> torch::nn::Linear { throw std::logic_error("the program's own"); }),
                   std::logic_error);
   CHECK(torch::ones({2}).device().is_cpu());  // nothing is deferred any more

@@ -373,7 +373,8 @@ TEST_CASE("[issue-8.8] functions with a backward of their own may look at what t
     }
   };
   auto x = torch::randn({3}, torch::requires_grad());
-  check_same_gradients({x}, [&] { return recompute([](const at::Tensor& y) { return Cube::apply(y.exp()); }, x).sum(); });
+  check_same_gradients({x},
+                       [&] { return recompute([](const at::Tensor& y) { return Cube::apply(y.exp()); }, x).sum(); });
 }
 
 TEST_CASE("[issue-8.8] what the block throws the second time reaches the caller of backward, and the next step works") {

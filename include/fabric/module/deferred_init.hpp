@@ -20,9 +20,9 @@ namespace fabric {
 
 /// Where a module's tensors come to be.
 struct Materialise {
-  at::Device device = at::kCPU;          ///< They are made on the CPU, then moved.
+  at::Device device = at::kCPU;           ///< They are made on the CPU, then moved.
   std::optional<at::ScalarType> dtype{};  ///< Of floating-point tensors; by default the one they were made in.
-  bool values = true;                    ///< False: they stay uninitialised, for a checkpoint to be loaded right away.
+  bool values = true;                     ///< False: they stay uninitialised, for a checkpoint to be loaded right away.
 };
 
 namespace detail {
@@ -68,10 +68,10 @@ struct NamedSlot {
 /// Does what `deferred_init` remembered of the module, and calls `on_ready(name, slot, real)` for each parameter and
 /// buffer as soon as its value is final, in the order in which they become so: `slot` is the module's own tensor, still
 /// without memory, `real` the value, of the slot's sizes and strides, on the device and in the dtype that were asked
-/// for. What the receiver keeps of it stays; this function keeps nothing, so that memory is needed for one parameter at a
-/// time (and for what a later random operator reads). Tied tensors come once, under their first name; tensors that share
-/// memory come one right after the other. A tensor that the module holds without having registered it is given its value.
-/// Does nothing for modules that have memory.
+/// for. What the receiver keeps of it stays; this function keeps nothing, so that memory is needed for one parameter at
+/// a time (and for what a later random operator reads). Tied tensors come once, under their first name; tensors that
+/// share memory come one right after the other. A tensor that the module holds without having registered it is given
+/// its value. Does nothing for modules that have memory.
 ///
 /// Throws fabric::Error for parameters on the meta device that were not made by `deferred_init`.
 template <class OnReady>
@@ -111,8 +111,8 @@ void materialise(torch::nn::Module& module, const Materialise& options, OnReady&
     detail::InitReplay replay(*tape);
     const auto real = [&](const at::Tensor& tensor) {
       const at::Tensor made = replay.real(*tape->place_of(tensor));
-      return made.to(options.device, made.is_floating_point() ? options.dtype.value_or(made.scalar_type())
-                                                              : made.scalar_type());
+      return made.to(options.device,
+                     made.is_floating_point() ? options.dtype.value_or(made.scalar_type()) : made.scalar_type());
     };
     replay.run(options.values, [&](std::size_t memory) {
       for (detail::NamedSlot& slot : by_memory[memory]) on_ready(slot.name, slot.tensor, real(slot.tensor));
@@ -121,8 +121,8 @@ void materialise(torch::nn::Module& module, const Materialise& options, OnReady&
   }
 }
 
-/// Gives all tensors of a deferred module their values, in place: whoever holds one, such as an optimizer, has the value
-/// then.
+/// Gives all tensors of a deferred module their values, in place: whoever holds one, such as an optimizer, has the
+/// value then.
 inline void materialise(torch::nn::Module& module, const Materialise& options = {}) {
   materialise(module, options, [](const std::string& /*name*/, const at::Tensor& slot, const at::Tensor& real) {
     detail::become(slot, real);
@@ -147,8 +147,9 @@ inline void materialise_on(torch::nn::Module& module, at::Device device) { mater
 /// tensor is reduced to this process's part as soon as it is there. Until then the module must not be called, cloned or
 /// moved to a device; optimizers may be made with its parameters.
 ///
-/// Random numbers come out as if `make()` had run at once. Throws fabric::Error, with the operator's name, where a value
-/// is asked for that does not exist yet (`item()`, writing by `data_ptr`), or a tensor from outside would be changed.
+/// Random numbers come out as if `make()` had run at once. Throws fabric::Error, with the operator's name, where a
+/// value is asked for that does not exist yet (`item()`, writing by `data_ptr`), or a tensor from outside would be
+/// changed.
 template <class Make>
 [[nodiscard]] auto deferred_init(Make&& make) {
   if (detail::InitTape::is_recording()) return std::forward<Make>(make)();
@@ -156,9 +157,11 @@ template <class Make>
   const auto tape = std::make_shared<detail::InitTape>();
   detail::InitTape::Recording recording(*tape);
   const auto refuse = [&](const c10::Error& error) {
-    throw Error("fabric: deferred_init: after " + tape->last_operator() +
-                " the program needs a tensor's values, which do not exist yet: do that after the module was materialised, "
-                "or make this tensor outside (" + error.what_without_backtrace() + ")");
+    throw Error(
+        "fabric: deferred_init: after " + tape->last_operator() +
+        " the program needs a tensor's values, which do not exist yet: do that after the module was materialised, "
+        "or make this tensor outside (" +
+        error.what_without_backtrace() + ")");
   };
   try {
     auto made = std::forward<Make>(make)();

@@ -29,7 +29,10 @@ namespace fabric::detail {
 class InitReplay {
  public:
   explicit InitReplay(const InitTape& tape)
-      : tape_(tape), done_(tape.steps().size()), uses_(tape.memories().size()), next_(uses_.size()),
+      : tape_(tape),
+        done_(tape.steps().size()),
+        uses_(tape.memories().size()),
+        next_(uses_.size()),
         storages_(uses_.size()) {
     for (std::size_t i = 0; i < tape.steps().size(); ++i) {
       for (const std::size_t memory : tape.steps()[i].memories) uses_[memory].push_back(i);
@@ -107,8 +110,8 @@ class InitReplay {
     try {
       step.op->callBoxed(stack);
     } catch (const c10::Error& error) {
-      throw Error("fabric: materialise: " + c10::toString(step.op->operator_name()) + " was recorded, but failed: " +
-                  error.what_without_backtrace());
+      throw Error("fabric: materialise: " + c10::toString(step.op->operator_name()) +
+                  " was recorded, but failed: " + error.what_without_backtrace());
     }
   }
 
@@ -160,7 +163,11 @@ class InitReplay {
 
   [[nodiscard]] c10::IValue value_of(const TapeArgument& argument) {
     const auto tensor = [&](std::size_t i) {
-      return argument.places[i] ? real(*argument.places[i]) : argument.outside[i];
+      if (argument.places[i]) return real(*argument.places[i]);
+      if (version_of(argument.outside[i]) == argument.versions[i]) return argument.outside[i];
+      throw Error(
+          "fabric: materialise: a tensor from outside that the module was made from has been changed since: change a "
+          "copy of it");
     };
     switch (argument.kind) {
       case TapeArgument::Kind::value: return argument.value;

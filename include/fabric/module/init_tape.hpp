@@ -2,16 +2,13 @@
 #pragma once
 
 #include <algorithm>
-#include <array>
 #include <cstddef>
 #include <cstdint>
-#include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <mutex>
 #include <optional>
 #include <string>
-#include <string_view>
 #include <unordered_map>
 #include <unordered_set>
 #include <utility>
@@ -22,40 +19,9 @@
 #include <torch/torch.h>
 
 #include "fabric/error.hpp"
+#include "fabric/module/init_step.hpp"
 
 namespace fabric::detail {
-
-/// A tensor's place in one of the memories on a tape, which are numbered.
-struct TapePlace {
-  std::size_t memory = 0;
-  std::vector<int64_t> sizes;
-  std::vector<int64_t> strides;
-  int64_t offset = 0;
-  at::ScalarType dtype = at::kFloat;
-};
-
-/// An argument of an operator on a tape: tensors by their places, or as they are if they were made outside.
-struct TapeArgument {
-  enum class Kind : std::uint8_t { value, tensor, tensors, optional_tensors };
-  Kind kind = Kind::value;
-  c10::IValue value;                             // of Kind::value
-  std::vector<at::Tensor> outside;               // one for each tensor; undefined for those on the tape
-  std::vector<std::optional<TapePlace>> places;  // one for each tensor
-};
-
-/// An operator on a tape, or one of the two other things that change values while a module is made.
-struct TapeStep {
-  std::optional<c10::OperatorHandle> op{};
-  std::vector<TapeArgument> arguments{};
-  std::vector<std::vector<std::optional<TapePlace>>> results{};  // tensors of each result
-  std::vector<std::size_t> memories{};                           // that it reads, writes or makes, each once
-  std::vector<std::size_t> written{};                            // those of them that it writes or makes
-  std::optional<std::size_t> overwrites{};                       // the one of them whose former values it does not need
-  bool in_order = false;         // must neither precede nor follow another such one: it draws random numbers
-  caffe2::TypeMeta default_dtype{};
-  at::Tensor generator_state{};  // without an operator: the default generator was put into this state
-  at::Tensor bytes{};            // without an operator: the program wrote these into the memory itself
-};
 
 /// What a module's making did, operator by operator, so that it can be done later, in parts.
 ///
@@ -68,9 +34,6 @@ class InitTape : public std::enable_shared_from_this<InitTape> {
     c10::weak_intrusive_ptr<c10::StorageImpl> storage;  // weak: its address is taken as long as this stands here
     std::size_t bytes = 0;
   };
-  struct Live {
-    c10::weak_intrusive_ptr<c10::TensorImpl, c10::UndefinedTensorImpl> tensor;
-  };
 
   [[nodiscard]] const std::vector<TapeStep>& steps() const { return steps_; }
   [[nodiscard]] const std::vector<Memory>& memories() const { return memories_; }
@@ -80,8 +43,8 @@ class InitTape : public std::enable_shared_from_this<InitTape> {
   /// The tensors of this tape that still exist.
   [[nodiscard]] std::vector<at::Tensor> live_tensors() const {
     std::vector<at::Tensor> tensors;
-    for (const Live& live : live_) {
-      if (auto tensor = live.tensor.lock()) tensors.emplace_back(at::Tensor::wrap_tensor_impl(std::move(tensor)));
+    for (const WeakTensor& live : live_) {
+      if (auto tensor = live.lock()) tensors.emplace_back(at::Tensor::wrap_tensor_impl(std::move(tensor)));
     }
     return tensors;
   }
@@ -135,15 +98,16 @@ class InitTape : public std::enable_shared_from_this<InitTape> {
 
  private:
   using Stack = torch::jit::Stack;
+  using WeakTensor = c10::weak_intrusive_ptr<c10::TensorImpl, c10::UndefinedTensorImpl>;
 
-  /// One-dimensional tensors up to this size get memory until the next operator, for `torch::tensor(std::vector)`, which
-  /// writes its numbers itself. Afterwards it only serves to tell who writes there too late.
+  /// One-dimensional tensors up to this size get memory until the next operator, for `torch::tensor(std::vector)`,
+  /// which writes its numbers itself. Afterwards it only serves to tell who writes there too late.
   static constexpr std::size_t largest_written = 64UL * 1024;
   static constexpr unsigned char untouched = 0xA5;
   struct Written {
     std::size_t memory = 0;
-    std::vector<unsigned char> bytes;    // what the program sees
-    std::vector<unsigned char> noted;    // what of it is on the tape
+    std::vector<unsigned char> bytes;  // what the program sees
+    std::vector<unsigned char> noted;  // what of it is on the tape
   };
 
   static InitTape*& current() {
@@ -169,48 +133,6 @@ class InitTape : public std::enable_shared_from_this<InitTape> {
     }
   }
 
-  // What an operator is.
-
-  static std::string_view base_name(const c10::OperatorHandle& op) {
-    std::string_view name = op.operator_name().name;
-    const auto at = name.rfind("::");
-    return at == std::string_view::npos ? name : name.substr(at + 2);
-  }
-  static bool is_atens(const c10::OperatorHandle& op) {
-    return op.operator_name().name.compare(0, 6, "aten::") == 0;
-  }
-  static bool draws_random_numbers(const c10::OperatorHandle& op) {
-    if (!is_atens(op) || op.hasTag(at::Tag::nondeterministic_seeded)) return true;
-    const auto& arguments = op.schema().arguments();
-    return std::any_of(arguments.begin(), arguments.end(), [](const c10::Argument& a) { return a.name() == "generator"; });
-  }
-  static bool writes(const c10::OperatorHandle& op, std::size_t argument) {
-    const auto* alias = op.schema().arguments()[argument].alias_info();
-    return alias != nullptr && alias->isWrite();
-  }
-  /// Makes tensors without values.
-  static bool makes_empty(const c10::OperatorHandle& op) {
-    constexpr std::array<std::string_view, 6> names{"empty",     "empty_strided",     "empty_like",
-                                                    "new_empty", "new_empty_strided", "empty_permuted"};
-    return is_atens(op) && std::find(names.begin(), names.end(), base_name(op)) != names.end();
-  }
-  /// Makes a tensor like another one that becomes the module's own.
-  static bool makes_from(const c10::OperatorHandle& op) {
-    const std::string_view name = base_name(op);
-    return name == "clone" || name.substr(0, 4) == "new_" ||
-           (name.size() > 5 && name.substr(name.size() - 5) == "_like");
-  }
-  /// Needs nothing of the former values of what it writes, if it writes all of them.
-  static bool overwrites_all(const c10::OperatorHandle& op) {
-    constexpr std::array<std::string_view, 11> names{"uniform_",     "normal_", "fill_", "zero_",     "copy_",  "random_",
-                                                     "exponential_", "cauchy_", "log_normal_", "geometric_", "bernoulli_"};
-    return is_atens(op) && std::find(names.begin(), names.end(), base_name(op)) != names.end();
-  }
-
-  [[noreturn]] static void refuse(const c10::OperatorHandle& op, const std::string& why) {
-    throw Error("fabric: deferred_init: " + c10::toString(op.operator_name()) + " " + why);
-  }
-
   // Recording.
 
   void record(const c10::OperatorHandle& op, Stack& stack) {
@@ -228,19 +150,24 @@ class InitTape : public std::enable_shared_from_this<InitTape> {
         has_tensors = true;
         if (place_of(tensor)) on_tape = true;
       });
-      if (value.isStorage()) refuse(op, "takes a storage, which cannot be recorded: use tensors");
+      if (value.isGenerator() && value.toGenerator() != at::detail::getDefaultCPUGenerator()) {
+        tape_operator::refuse(op,
+                              "draws from a generator of the program's own: use the default one, torch::manual_seed");
+      }
+      if (value.isStorage()) tape_operator::refuse(op, "takes a storage, which cannot be recorded: use tensors");
       wants_device = wants_device || schema.arguments()[i].name() == "device";
     }
-    const bool makes = has_tensors ? makes_from(op) : wants_device;
-    const bool random = draws_random_numbers(op);
+    const bool makes = has_tensors ? tape_operator::makes_from(op) : wants_device;
+    const bool random = tape_operator::draws_random_numbers(op);
     if (!on_tape && !makes && !(random && has_tensors)) {  // on tensors from outside, which have values
       op.callBoxed(stack);
       return;
     }
     for (std::size_t i = 0; i < count; ++i) {
-      if (!writes(op, i)) continue;
+      if (!tape_operator::writes(op, i)) continue;
       for_each_tensor(stack[base + i], [&](const at::Tensor& tensor) {
-        if (!place_of(tensor)) refuse(op, "changes a tensor that was made outside: make it inside, or change it before");
+        if (place_of(tensor)) return;
+        tape_operator::refuse(op, "changes a tensor that was made outside: make it inside, or change it before");
       });
     }
     if (random) note_generator();
@@ -268,16 +195,19 @@ class InitTape : public std::enable_shared_from_this<InitTape> {
       run(op, stack, has_tensors);
     } catch (const c10::Error& error) {
       stack.resize(base);
-      if (!random && !writes_any(op) && evaluate(step, stack)) return;
-      refuse(op, std::string("cannot be recorded, since it needs random or missing values or has no code for meta tensors: "
-                             "do it after the module was materialised, or on tensors that were made outside (") +
-                     error.what_without_backtrace() + ")");
+      if (!random && !tape_operator::writes_any(op) && evaluate(step, stack)) return;
+      tape_operator::refuse(
+          op,
+          std::string("cannot be recorded, since it needs random or missing values or has no code for meta tensors: "
+                      "do it after the module was materialised, or on tensors that were made outside (") +
+              error.what_without_backtrace() + ")");
     }
     note_results(op, step, stack);
     if (random) mark_generator();
     const bool makes_memory = memories_.size() > known;
-    const bool changes_values = !op.hasTag(at::Tag::inplace_view) && writes_any(op);
-    if (makes_empty(op) || !(random || changes_values || makes_memory)) return;  // memory alone, or another view of it
+    const bool changes_values = !op.hasTag(at::Tag::inplace_view) && tape_operator::writes_any(op);
+    // The rest makes memory alone, or another view of it.
+    if (tape_operator::makes_empty(op) || !(random || changes_values || makes_memory)) return;
     note_uses(step);  // with what it made
     steps_.push_back(std::move(step));
   }
@@ -311,33 +241,16 @@ class InitTape : public std::enable_shared_from_this<InitTape> {
   /// What it returns has values.
   inline bool evaluate(const TapeStep& step, Stack& stack) const;
 
-  static bool writes_any(const c10::OperatorHandle& op) {
-    for (std::size_t i = 0; i < op.schema().arguments().size(); ++i) {
-      if (writes(op, i)) return true;
-    }
-    return false;
-  }
-
-  template <class Visit>
-  static void for_each_tensor(const c10::IValue& value, Visit&& visit) {
-    if (value.isTensor()) {
-      if (value.toTensor().defined()) visit(value.toTensor());
-    } else if (value.isTensorList()) {
-      for (const at::Tensor& tensor : value.toTensorVector()) visit(tensor);
-    } else if (value.isOptionalTensorList()) {
-      for (const std::optional<at::Tensor>& tensor : value.toOptionalTensorVector()) {
-        if (tensor && tensor->defined()) visit(*tensor);
-      }
-    }
-  }
-
   TapeArgument recorded(const c10::OperatorHandle& op, const c10::IValue& value) const {
     TapeArgument argument;
     const auto add = [&](const at::Tensor& tensor) {
       auto place = place_of(tensor);
-      if (!place && tensor.defined() && tensor.is_meta()) refuse(op, "takes a meta tensor that was made outside");
-      if (place && (tensor.is_conj() || tensor.is_neg())) refuse(op, "takes a lazily conjugated tensor: resolve_conj()");
+      if (!place && tensor.defined() && tensor.is_meta())
+        tape_operator::refuse(op, "takes a meta tensor that was made outside");
+      if (place && (tensor.is_conj() || tensor.is_neg()))
+        tape_operator::refuse(op, "takes a lazily conjugated tensor: resolve_conj()");
       argument.outside.push_back(place ? at::Tensor() : tensor);
+      argument.versions.push_back(version_of(argument.outside.back()));
       argument.places.push_back(std::move(place));
     };
     if (value.isTensor()) {
@@ -355,37 +268,14 @@ class InitTape : public std::enable_shared_from_this<InitTape> {
     return argument;
   }
 
-  /// The argument with meta tensors in place of those from outside.
-  static c10::IValue shadow(const c10::IValue& value) {
-    const auto of = [](const at::Tensor& tensor) {
-      if (!tensor.defined() || tensor.is_meta()) return tensor;
-      at::Tensor meta = at::empty_strided(tensor.sizes(), tensor.strides(), tensor.options().device(at::kMeta));
-      if (tensor.unsafeGetTensorImpl()->is_wrapped_number()) meta.unsafeGetTensorImpl()->set_wrapped_number(true);
-      return meta;
-    };
-    if (value.isTensor()) return of(value.toTensor());
-    if (value.isTensorList()) {
-      c10::List<at::Tensor> tensors;
-      for (const at::Tensor& tensor : value.toTensorVector()) tensors.push_back(of(tensor));
-      return tensors;
-    }
-    if (value.isOptionalTensorList()) {
-      c10::List<std::optional<at::Tensor>> tensors;
-      for (const auto& tensor : value.toOptionalTensorVector()) {
-        tensors.push_back(tensor ? std::optional<at::Tensor>(of(*tensor)) : std::nullopt);
-      }
-      return tensors;
-    }
-    return value;
-  }
-
   void note_results(const c10::OperatorHandle& op, TapeStep& step, Stack& stack) {
     const std::size_t count = op.schema().returns().size();
     for (std::size_t i = stack.size() - count; i < stack.size(); ++i) {
       auto& places = step.results.emplace_back();
       const c10::IValue& value = stack[i];
       for_each_tensor(value, [&](const at::Tensor& tensor) {
-        if (!tensor.is_meta() || !tensor.has_storage()) refuse(op, "makes a tensor without strided memory");
+        if (!tensor.is_meta() || !tensor.has_storage())
+          tape_operator::refuse(op, "makes a tensor without strided memory");
         adopt(op, tensor);
         places.push_back(place_of(tensor));
       });
@@ -398,7 +288,8 @@ class InitTape : public std::enable_shared_from_this<InitTape> {
     auto [found, is_new] = numbers_.try_emplace(storage, memories_.size());
     if (is_new) {
       memories_.push_back({tensor.storage().getWeakStorageImpl(), storage->nbytes()});
-      if (makes_empty(op) && tensor.dim() == 1 && storage->nbytes() > 0 && storage->nbytes() <= largest_written) {
+      if (tape_operator::makes_empty(op) && tensor.dim() == 1 && storage->nbytes() > 0 &&
+          storage->nbytes() <= largest_written) {
         lend(found->second, *storage);
       } else {
         own(*storage, nullptr);
@@ -407,13 +298,13 @@ class InitTape : public std::enable_shared_from_this<InitTape> {
     Memory& memory = memories_[found->second];
     memory.bytes = std::max(memory.bytes, storage->nbytes());
     if (live_seen_.insert(tensor.unsafeGetTensorImpl()).second) {
-      live_.push_back({c10::weak_intrusive_ptr<c10::TensorImpl, c10::UndefinedTensorImpl>(tensor.getIntrusivePtr())});
+      live_.emplace_back(tensor.getIntrusivePtr());
     }
   }
   /// Lets the storage keep the tape alive.
   void own(c10::StorageImpl& storage, void* data) {
-    storage.set_data_ptr_noswap(at::DataPtr(data, new std::shared_ptr<InitTape>(shared_from_this()),
-                                            &InitTape::let_go, at::Device(at::kMeta)));
+    storage.set_data_ptr_noswap(
+        at::DataPtr(data, new std::shared_ptr<InitTape>(shared_from_this()), &InitTape::let_go, at::Device(at::kMeta)));
   }
   void lend(std::size_t memory, c10::StorageImpl& storage) {
     written_.push_back({memory, std::vector<unsigned char>(storage.nbytes(), untouched), {}});
@@ -429,7 +320,7 @@ class InitTape : public std::enable_shared_from_this<InitTape> {
     for (std::size_t i = 0; i < step.arguments.size(); ++i) {
       for (const auto& place : step.arguments[i].places) {
         add(step.memories, place);
-        if (writes(*step.op, i)) add(step.written, place);
+        if (tape_operator::writes(*step.op, i)) add(step.written, place);
       }
     }
     for (const auto& result : step.results) {
@@ -440,7 +331,8 @@ class InitTape : public std::enable_shared_from_this<InitTape> {
     }
   }
   void note_overwritten(const c10::OperatorHandle& op, TapeStep& step) const {
-    if (!overwrites_all(op) || step.arguments[0].places.size() != 1 || !step.arguments[0].places[0]) return;
+    if (!tape_operator::overwrites_all(op) || step.arguments[0].places.size() != 1 || !step.arguments[0].places[0])
+      return;
     const TapePlace& self = *step.arguments[0].places[0];
     for (std::size_t i = 1; i < step.arguments.size(); ++i) {
       for (const auto& place : step.arguments[i].places) {
@@ -461,7 +353,8 @@ class InitTape : public std::enable_shared_from_this<InitTape> {
       written.noted = written.bytes;
       Memory& memory = memories_[written.memory];
       if (const auto storage = memory.storage.lock()) own(*storage, nullptr);
-      if (std::all_of(written.bytes.begin(), written.bytes.end(), [](unsigned char b) { return b == untouched; })) continue;
+      if (std::all_of(written.bytes.begin(), written.bytes.end(), [](unsigned char b) { return b == untouched; }))
+        continue;
       at::Tensor bytes = at::empty({static_cast<int64_t>(written.bytes.size())}, at::kByte);
       std::memcpy(bytes.data_ptr(), written.bytes.data(), written.bytes.size());
       steps_.push_back({.memories = {written.memory},
@@ -489,12 +382,6 @@ class InitTape : public std::enable_shared_from_this<InitTape> {
     }
     expected_state_ = generator_state();
   }
-  static at::Tensor generator_state() {
-    at::Generator generator = at::detail::getDefaultCPUGenerator();
-    const std::scoped_lock lock(generator.mutex());
-    return generator.get_state();
-  }
-
   void finish() {
     const c10::impl::ExcludeDispatchKeyGuard below(key);
     note_written();
@@ -507,13 +394,13 @@ class InitTape : public std::enable_shared_from_this<InitTape> {
     }
     written_ = {};
     live_seen_ = {};
-    std::erase_if(live_, [](const Live& live) { return live.tensor.expired(); });
+    std::erase_if(live_, [](const WeakTensor& live) { return live.expired(); });
   }
 
   std::vector<TapeStep> steps_;
   std::vector<Memory> memories_;
   std::unordered_map<const c10::StorageImpl*, std::size_t> numbers_;
-  std::vector<Live> live_;
+  std::vector<WeakTensor> live_;
   std::unordered_set<const c10::TensorImpl*> live_seen_;
   std::vector<Written> written_;
   std::size_t lent_ = 0;

@@ -107,7 +107,7 @@ class Recomputation : public SavedTensors, public std::enable_shared_from_this<R
       void call_pack_hook(const at::Tensor& tensor) override {
         number_ = saved_->tensors_.size();
         saved_->tensors_.push_back(tensor.detach());
-        saved_->versions_.push_back(tensor.is_inference() ? 0 : tensor._version());
+        saved_->versions_.push_back(static_cast<int64_t>(tensor._version()));
       }
       at::Tensor call_unpack_hook() override { return saved_->tensors_[number_]; }
 
@@ -241,17 +241,17 @@ auto run_recomputed(const torch::nn::Module* module, Function function, Argument
 
 }  // namespace detail
 
-/// Runs a block, `block->forward(arguments...)` or `block(arguments...)` for a function, without keeping the tensors that
-/// its operators save for backward: backward runs it again when it needs the first of them, with the same random
-/// numbers, autocast and default dtype. So a chain of blocks needs the memory of their inputs and of one block's inside,
-/// and a third more time.
+/// Runs a block, `block->forward(arguments...)` or `block(arguments...)` for a function, without keeping the tensors
+/// that its operators save for backward: backward runs it again when it needs the first of them, with the same random
+/// numbers, autocast and default dtype. So a chain of blocks needs the memory of their inputs and of one block's
+/// inside, and a third more time.
 ///
 ///     for (auto& block : blocks) x = fabric::recompute(block, x);
 ///
-/// Whether a marked call is recomputed is decided by `checkpoint_activations` and `ActivationCheckpointing`; where it is
-/// not, and where no gradients are recorded, it is a plain call. Arguments are trees of tensors (fabric/tree.hpp) and
-/// whatever else can be copied; the result may be anything. Calls may be nested. Gradients are those of a plain call bit
-/// for bit, and arrive in the same order, in the same backward.
+/// Whether a marked call is recomputed is decided by `checkpoint_activations` and `ActivationCheckpointing`; where it
+/// is not, and where no gradients are recorded, it is a plain call. Arguments are trees of tensors (fabric/tree.hpp)
+/// and whatever else can be copied; the result may be anything. Calls may be nested. Gradients are those of a plain
+/// call bit for bit, and arrive in the same order, in the same backward.
 ///
 /// The block must do the same again: it may depend on its arguments, parameters and random numbers only. A module that
 /// is given by reference, and what a function captures by reference, must live until backward is over; what a function
@@ -268,10 +268,7 @@ auto recompute(Block&& block, Arguments&&... arguments) {
       return module->forward(std::forward<Arguments>(arguments)...);
     }
     return detail::run_recomputed(
-        module.get(),
-        [module](auto&&... inputs) {
-          return module->forward(std::forward<decltype(inputs)>(inputs)...);
-        },
+        module.get(), [module](auto&&... inputs) { return module->forward(std::forward<decltype(inputs)>(inputs)...); },
         std::forward<Arguments>(arguments)...);
   } else {
     if (!records || !detail::activation_checkpointing().applies_to(nullptr)) {

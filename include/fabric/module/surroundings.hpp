@@ -81,7 +81,8 @@ class Surroundings {
 
  private:
   void add(at::Device device) {
-    const bool is_known = std::any_of(devices_.begin(), devices_.end(), [&](const Device& d) { return d.device == device; });
+    const bool is_known =
+        std::any_of(devices_.begin(), devices_.end(), [&](const Device& d) { return d.device == device; });
     if (is_known || !(device.is_cpu() || device.is_cuda() || device.is_mps())) return;
     at::Generator generator = generator_of(device);
     const std::scoped_lock lock(generator.mutex());
