@@ -33,6 +33,7 @@
 #include "fabric/launch/processes.hpp"
 #include "fabric/loggers/logger.hpp"
 #include "fabric/module/clip_gradients.hpp"
+#include "fabric/module/deferred.hpp"
 #include "fabric/module/fabric_module.hpp"
 #include "fabric/module/fabric_optimizer.hpp"
 #include "fabric/module/parameters.hpp"
@@ -296,6 +297,18 @@ class Fabric {
     [[maybe_unused]] const typename Plugin::InitContext context;
     return to_device(std::forward<Make>(make)());
   }
+  /// The same, and with `{.empty = true}` without memory: `setup` does what `make()` remembers, so that a model can be
+  /// built that is larger than memory where the strategy shards. Needs fabric/module/deferred_init.hpp; see
+  /// `fabric::deferred_init` for what `make()` may do.
+  template <class Make>
+  [[nodiscard]] auto init_module(Make&& make, const InitOptions& options) const {
+    static_assert(detail::has_deferred_init<Make>,
+                  "fabric: init_module with options needs #include \"fabric/module/deferred_init.hpp\"");
+    if (!options.empty) return init_module(std::forward<Make>(make));
+    require_launch("init_module");
+    [[maybe_unused]] const typename Plugin::InitContext context;
+    return detail::DeferredInitialisation<Make>::run(std::forward<Make>(make));
+  }
 
   /// Runs `function` on global rank 0 (with `local`: on each node's local rank 0) before the other ranks do, so that
   /// the first finds nothing and the others what it made, such as a download. Returns what `function` returns.
@@ -462,7 +475,10 @@ class Fabric {
   auto setup_if_module(T&& argument) {
     if constexpr (ModuleArgument<T>) {
       auto module = detail::shared_module(std::forward<T>(argument));
-      if constexpr (!requires { Engine::moves_modules; }) module->to(device_);
+      if constexpr (!requires { Engine::moves_modules; }) {
+        detail::require_memory(*module, device_);
+        module->to(device_);
+      }
       if constexpr (requires { Plugin::convert_module(*module, precision_, world_); }) {
         Plugin::convert_module(*module, precision_, world_);
       } else {

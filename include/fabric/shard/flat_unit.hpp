@@ -12,6 +12,7 @@
 #include <torch/torch.h>
 
 #include "fabric/error.hpp"
+#include "fabric/module/deferred_init.hpp"
 #include "fabric/module/parameters.hpp"
 #include "fabric/shard/exchange.hpp"
 #include "fabric/shard/shard.hpp"
@@ -85,7 +86,7 @@ class FlatUnit {
     exact.reset();
     for (Slot& slot : slots_) {
       Shard& shard = slot.shard;
-      shard.parameter.set_data(range(whole_, slot).view(shard.parameter.sizes()).variable_data());
+      become(shard.parameter, range(whole_, slot).view(shard.parameter.sizes()).variable_data());
       shard.master = own_range(master_, slot).variable_data().set_requires_grad(trained_);
     }
     release();

@@ -21,6 +21,7 @@
 
 #include "fabric/comm/agreement.hpp"
 #include "fabric/error.hpp"
+#include "fabric/module/deferred_init.hpp"
 #include "fabric/module/parameters.hpp"
 #include "fabric/shard/exchange.hpp"
 #include "fabric/shard/flat_unit.hpp"
@@ -42,6 +43,7 @@ class ShardedModule : private detail::UnitOwner {
     std::function<at::ScalarType(at::ScalarType)> compute{};  ///< From the dtype that a parameter has.
     std::function<at::ScalarType(at::ScalarType)> master{};
     std::function<at::ScalarType(at::ScalarType)> reduce{};
+    std::function<at::ScalarType(at::ScalarType)> buffer{};
     at::Device master_device = at::kCPU;
     at::Device own_device = at::kCPU;
   };
@@ -70,8 +72,6 @@ class ShardedModule : private detail::UnitOwner {
     for (const auto& [name, parameter] : parameters_of(module)) description.push_back(describe(name, parameter));
     for (const auto& buffer : module.named_buffers()) description.push_back(describe(buffer.key(), buffer.value()));
     detail::require_agreement(world, "setup", description);
-    buffers_ = module.buffers();
-    share(buffers_);
     for (const NamedParameters& group : detail::group_parameters(module, options.units)) {
       const at::ScalarType kept = group.front().second.scalar_type();
       detail::UnitOptions unit{.compute = layout.compute(kept),
@@ -83,10 +83,14 @@ class ShardedModule : private detail::UnitOwner {
                                .frees_parameters = layout.frees_parameters,
                                .frees_buckets = layout.frees_buckets};
       units_.push_back(std::make_unique<detail::FlatUnit>(group, unit, *exchange_, static_cast<int>(units_.size())));
-      std::vector<at::Tensor> values;
-      for (const auto& [name, parameter] : group) values.push_back(parameter.detach());
-      units_.back()->fill(values, [&](const at::Tensor& exact) { share({exact}); });
     }
+    fill_units(module);
+    for (at::Tensor& buffer : module.buffers()) {
+      const at::NoGradGuard no_grad;
+      buffer.set_data(buffer.to(world.device, layout.buffer(buffer.scalar_type())));
+    }
+    buffers_ = module.buffers();
+    share(buffers_);
     for (const auto& unit : units_) begin(*unit);
     for (auto unit = units_.rbegin(); unit != units_.rend(); ++unit) {  // backward begins at the end
       if ((*unit)->trained()) order_.push_back(unit->get());
@@ -241,6 +245,38 @@ class ShardedModule : private detail::UnitOwner {
     if (!world.group || tensors.empty()) return;
     constexpr std::size_t bytes_at_once = 250UL * 1024 * 1024;
     c10d::broadcast_coalesced(world.group, tensors, bytes_at_once);
+  }
+  /// Gives the units the module's values, as soon as all of one unit's are there: a module that was made without memory
+  /// gets them one by one, so that no more than a unit or two are whole at a time.
+  void fill_units(torch::nn::Module& module) {
+    struct Place {
+      Unit* unit;
+      std::size_t slot;
+    };
+    std::unordered_map<const c10::TensorImpl*, Place> places;
+    std::unordered_map<const Unit*, std::vector<at::Tensor>> values;
+    const auto fill_if_complete = [&](Unit& unit) {
+      const auto& own = values.at(&unit);
+      if (!std::all_of(own.begin(), own.end(), [](const at::Tensor& value) { return value.defined(); })) return;
+      unit.fill(own, [&](const at::Tensor& exact) { share({exact}); });
+      values.erase(&unit);
+    };
+    for (const auto& unit : units_) {
+      auto& own = values[unit.get()];
+      for (const auto& slot : unit->slots()) {
+        const at::Tensor& parameter = slot.shard.parameter;
+        places.emplace(parameter.unsafeGetTensorImpl(), Place{unit.get(), own.size()});
+        own.push_back(parameter.is_meta() ? at::Tensor() : parameter.detach());
+      }
+      fill_if_complete(*unit);
+    }
+    const Materialise options{.device = exchange_->groups().world.device};
+    materialise(module, options, [&](const std::string& /*name*/, const at::Tensor& slot, const at::Tensor& real) {
+      const auto place = places.find(slot.unsafeGetTensorImpl());
+      if (place == places.end()) return detail::become(slot, real);  // a buffer
+      values.at(place->second.unit)[place->second.slot] = real;
+      fill_if_complete(*place->second.unit);
+    });
   }
   /// Gives all ranks rank 0's buffers, if a forward may have changed them since.
   void share_buffers() {

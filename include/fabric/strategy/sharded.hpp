@@ -92,10 +92,6 @@ class ShardedEngine {
   }
 
   void setup(ShardedModule& state, torch::nn::Module& module, const World& world, const StrategyPrecision& precision) {
-    for (at::Tensor& buffer : module.buffers()) {
-      const bool converts = buffer.is_floating_point() && (precision.module || precision.buffers != Scalar::f32);
-      buffer.set_data(converts ? buffer.to(world.device, dtype_of(precision.buffers)) : buffer.to(world.device));
-    }
     groups_.world = world;
     Options options = options_;
     if (options.sharding == Sharding::grad_op) options.reshard_after_forward = false;
@@ -161,6 +157,10 @@ class ShardedEngine {
     ShardedModule::Layout layout;
     layout.compute = converted(precision.compute);
     layout.reduce = converted(precision.reduce);
+    const bool converts_buffers = precision.module.has_value() || precision.buffers != Scalar::f32;
+    layout.buffer = [converts_buffers, to = dtype_of(precision.buffers)](at::ScalarType kept) {
+      return converts_buffers && at::isFloatingType(kept) ? to : kept;
+    };
     if (options_.reduce_dtype) layout.reduce = [to = *options_.reduce_dtype](at::ScalarType /*kept*/) { return to; };
     // Mixed precisions leave masters as they are; DeepSpeed keeps 32-bit copies of half floats besides.
     const bool exact = is_deepspeed && precision.module && *precision.module != Scalar::f64;
