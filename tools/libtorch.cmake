@@ -110,6 +110,15 @@ endforeach()
 list(JOIN fabric_rpath_link ":" fabric_rpath_link)
 target_link_options(fabric::libtorch INTERFACE "LINKER:-rpath-link,${fabric_rpath_link}")
 
+# With it, offloading to files goes on in the background. A program that does not offload does not load it.
+find_path(fabric_uring_include liburing.h NO_CACHE)
+find_library(fabric_uring uring NO_CACHE)
+if(fabric_uring_include AND fabric_uring)
+  target_compile_definitions(fabric::libtorch INTERFACE FABRIC_WITH_LIBURING)
+  target_link_libraries(fabric::libtorch INTERFACE
+    "-Wl,--push-state,--as-needed,${fabric_uring},--pop-state")
+endif()
+
 if(FABRIC_WITH_CUDA)
   target_compile_definitions(fabric::libtorch INTERFACE USE_C10D_NCCL)
   target_include_directories(fabric::libtorch INTERFACE ${fabric_cuda_include} ${fabric_nccl_include})
