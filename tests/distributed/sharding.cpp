@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // Sharded training is Ddp's: the same parameters, whatever is sharded, on 2 and 4 processes.
+// labels: distributed sharding
 // ranks: 4
 // timeout: 300
 #include <algorithm>

@@ -350,6 +350,7 @@ class ShardedModule : private detail::UnitOwner {
     if (!options_.prefetch || next == nullptr || next->state() != Unit::State::released) return;
     std::vector<Unit*> needed = units;
     needed.push_back(next);
+    if (options_.reshard_after_forward && needed.size() > static_cast<std::size_t>(options_.units_in_flight)) return;
     touch(*next);
     make_room(needed);
     next->begin_gather();

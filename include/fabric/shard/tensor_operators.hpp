@@ -164,9 +164,8 @@ class TensorOperators {
     if (right.dim() != 2) return nullptr;
     if (right.is_view()) {
       const at::Tensor weight(right._base());
-      const bool transposed = weight.dim() == 2 && right.size(0) == weight.size(1) &&
-                              right.size(1) == weight.size(0) && right.stride(0) == weight.stride(1) &&
-                              right.stride(1) == weight.stride(0);
+      const bool transposed = weight.dim() == 2 && right.size(0) == weight.size(1) && right.size(1) == weight.size(0) &&
+                              right.stride(0) == weight.stride(1) && right.stride(1) == weight.stride(0);
       if (Known known = transposed ? behind(weight) : nullptr) return known;
     }
     return right.key_set().has(key) ? SlicedParameters::instance().find_transposed(right) : nullptr;
@@ -179,7 +178,8 @@ class TensorOperators {
                        (known.linear->rowwise ? "Rowwise" : "Colwise") + ") has a last dimension of " +
                        std::to_string(given) + "; legal is " + std::to_string(legal);
     if (whole) text += ". It is whole, and the layer takes this rank's part: use Rowwise{.split_input = true}";
-    if (part) text += ". It is this rank's part, and the layer takes all: make its producer Colwise{.gather_output = true}";
+    if (part)
+      text += ". It is this rank's part, and the layer takes all: make its producer Colwise{.gather_output = true}";
     throw Error(text);
   }
 
@@ -195,7 +195,8 @@ class TensorOperators {
     const World& tensor = known.slice.tensor;
     const bool splits = layer.rowwise && layer.split_input;
     const auto columns = known.slice.full_sizes[1] / (layer.rowwise && !splits ? tensor.size : 1);
-    if (input.dim() == 0 || input.size(-1) != columns) refuse_input(known, input.dim() == 0 ? 0 : input.size(-1), columns);
+    if (input.dim() == 0 || input.size(-1) != columns)
+      refuse_input(known, input.dim() == 0 ? 0 : input.size(-1), columns);
     at::Tensor output;
     if (layer.rowwise) {
       output = product(splits ? Divide::apply(input, c10::make_intrusive<TensorGroup>(tensor)) : input, std::nullopt);

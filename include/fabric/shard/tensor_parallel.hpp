@@ -135,7 +135,8 @@ class TensorParallelizer {
     }
     for (torch::nn::Module* layer : layers_) {
       // LibTorch's check of it is for the whole vocabulary; the operator has it from the slice.
-      if (auto* embedding = dynamic_cast<torch::nn::EmbeddingImpl*>(layer)) embedding->options.padding_idx(std::nullopt);
+      if (auto* embedding = dynamic_cast<torch::nn::EmbeddingImpl*>(layer))
+        embedding->options.padding_idx(std::nullopt);
       if (!layer->named_children().contains(mark)) layer->register_module(mark, std::make_shared<Mark>());
     }
   }
@@ -156,7 +157,7 @@ class TensorParallelizer {
     std::optional<EmbeddingOperator> embedding{};
 
     [[nodiscard]] std::string options() const {
-      return (linear && linear->split_input) ? " with split_input"
+      return (linear && linear->split_input)                                                ? " with split_input"
              : (linear && linear->gather_output) || (embedding && embedding->gather_output) ? " with gather_output"
                                                                                             : "";
     }
@@ -183,7 +184,8 @@ class TensorParallelizer {
       const LinearOperator how{rowwise, gathers, splits};
       if (Part* part = part_of(linear->weight, name, rowwise ? 1 : 0); part != nullptr) {
         if (part->linear && *part->linear != how) {
-          problem("'" + name + "' shares its weight with '" + part->layer + "', which has other options: give both the same");
+          problem("'" + name + "' shares its weight with '" + part->layer +
+                  "', which has other options: give both the same");
         }
         part->linear = how;
       }
@@ -208,7 +210,8 @@ class TensorParallelizer {
       const EmbeddingOperator how{rowwise, gathers, options.padding_idx().value_or(-1)};
       if (Part* part = part_of(embedding->weight, name, rowwise ? 0 : 1); part != nullptr) {
         if (part->embedding && *part->embedding != how) {
-          problem("'" + name + "' shares its weight with '" + part->layer + "', which has other options: give both the same");
+          problem("'" + name + "' shares its weight with '" + part->layer +
+                  "', which has other options: give both the same");
         }
         part->embedding = how;
       }
@@ -232,8 +235,10 @@ class TensorParallelizer {
 
   /// Of a weight whose sizes are not those that its layer was built with.
   [[nodiscard]] static std::string refused_sizes(const std::string& name, const at::Tensor& weight) {
-    if (SlicedParameters::instance().find(weight)) return "'" + name + "' is divided already: a module is parallelized once";
-    return "'" + name + "' has a weight that is not of the layer's sizes: parallelize a module before anything else changes it";
+    if (SlicedParameters::instance().find(weight))
+      return "'" + name + "' is divided already: a module is parallelized once";
+    return "'" + name +
+           "' has a weight that is not of the layer's sizes: parallelize a module before anything else changes it";
   }
 
   void check_size(const std::string& who, const char* what, std::int64_t size) {
@@ -244,8 +249,7 @@ class TensorParallelizer {
   }
 
   Part* part_of(const at::Tensor& parameter, const std::string& layer, std::int64_t dim) {
-    const auto [found, fresh] =
-        parts_.try_emplace(parameter.unsafeGetTensorImpl(), Part{parameter, layer, dim});
+    const auto [found, fresh] = parts_.try_emplace(parameter.unsafeGetTensorImpl(), Part{parameter, layer, dim});
     if (!fresh && found->second.dim != dim) {
       problem("'" + layer + "' shares a parameter with '" + found->second.layer +
               "' and divides it along the other dimension. A Colwise Linear goes with a Rowwise Embedding, and the "

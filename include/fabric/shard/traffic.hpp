@@ -77,4 +77,15 @@ namespace gloo_traffic {
 
 }  // namespace gloo_traffic
 
+/// One step of a unit under ZeRO (Rajbhandari et al., SC 2020) on `ranks` ranks that share it: gradients go to their
+/// owners; in stages 1 and 2 the new parameters come back, in stage 3 they are gathered for forward and for backward
+/// instead. `parameters` and `gradients` are the unit's bytes in the dtypes in which they travel, padded for the ranks.
+/// A unit whose backward does not read its parameters (an embedding alone, a first layer alone) is gathered once.
+[[nodiscard]] constexpr Traffic sharded_step(int stage, std::uint64_t parameters, std::uint64_t gradients,
+                                             std::uint64_t ranks) {
+  const std::uint64_t gathered = stage == 3 ? 2 : 1;
+  return gathered * gloo_traffic::all_to_all(parameters / ranks, ranks) +
+         gloo_traffic::all_to_all(gradients / ranks, ranks);
+}
+
 }  // namespace fabric
