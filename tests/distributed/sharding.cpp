@@ -195,6 +195,8 @@ void compare_all(const Units& units) {
   compare<Zero<3>, Net>("stage 3", {.units = units}, expected);
   compare<Zero<3>, Net>("stage 3, one unit at a time", {.units = units, .prefetch = false, .units_in_flight = 1},
                         expected);
+  compare<Zero<3, Offload::cpu>, Net>("stage 3, offloaded", {.units = units}, expected);
+  compare<Zero<3, Offload::nvme>, Net>("stage 3, in files", {.units = units, .nvme_path = "/tmp"}, expected);
   compare<Sharded, Net>("full", {.units = units}, expected);
   compare<Sharded, Net>("full, by size", {.units = Units::by_size(500)}, expected);
   compare<Sharded, Net>("grad-op", {.sharding = Sharding::grad_op, .units = units}, expected);

@@ -80,11 +80,15 @@ class FabricOptimizer {
   auto step() {
     before_step();
     if constexpr (Precision::has_scaler) {
-      Stepped stepped = scaling_.scaler->step(*optimizer_, *scaling_.gradients);
+      scaling_.scaler->unscale(*scaling_.gradients);
+      Stepped stepped = by_engine([&] { return scaling_.scaler->step(*optimizer_, *scaling_.gradients); });
       after_step();
       return stepped;
     } else {
-      optimizer_->step();
+      by_engine([&] {
+        optimizer_->step();
+        return true;
+      });
       after_step();
       return true;
     }
@@ -135,6 +139,15 @@ class FabricOptimizer {
   [[nodiscard]] const Scaling& scaling() const { return scaling_; }
 
  private:
+  /// `step()`, as the engine wants it.
+  template <class Step>
+  auto by_engine(const Step& step) {
+    if constexpr (requires { Engine::step(states_, *optimizer_, step); }) {
+      return Engine::step(states_, *optimizer_, step);
+    } else {
+      return step();
+    }
+  }
   void before_step() {
     for (const auto& state : states_) Engine::before_step(*state);
   }

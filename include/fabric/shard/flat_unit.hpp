@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -15,6 +16,7 @@
 #include "fabric/module/deferred_init.hpp"
 #include "fabric/module/parameters.hpp"
 #include "fabric/shard/exchange.hpp"
+#include "fabric/shard/file_store.hpp"
 #include "fabric/shard/shard.hpp"
 
 namespace fabric::detail {
@@ -27,6 +29,7 @@ struct UnitOptions {
   at::Device device = at::kCPU;         ///< Where the parameters are used.
   at::Device master_device = at::kCPU;  ///< Where `master` and its gradient are.
   at::Device own_device = at::kCPU;     ///< Where this rank's part of the parameters waits while they are not whole.
+  std::string folder{};                 ///< Where `master` and that part are files; empty: in memory.
   bool frees_parameters = true;         ///< They are whole only while they are needed.
   bool frees_buckets = true;            ///< Likewise the memory in which gradients are sent.
 };
@@ -84,6 +87,7 @@ class FlatUnit {
                      : exchange_.own_part(exact).to(at::TensorOptions(options_.master_device).dtype(options_.master),
                                                     /*non_blocking=*/false, /*copy=*/true);
     exact.reset();
+    if (!options_.folder.empty()) move_to_file();
     for (Slot& slot : slots_) {
       Shard& shard = slot.shard;
       become(shard.parameter, range(whole_, slot).view(shard.parameter.sizes()).variable_data());
@@ -119,7 +123,9 @@ class FlatUnit {
     const auto bytes = static_cast<std::size_t>(parameter_bytes());
     storage->set_data_ptr_noswap(c10::GetAllocator(options_.device.type())->allocate(bytes));
     storage->set_nbytes(bytes);
+    fetch(own_);
     exchange_.own_part(whole_).copy_(own_, /*non_blocking=*/true);
+    put_away(own_);
     arriving_ = exchange_.gather(whole_, number_);
     state_ = State::arriving;
   }
@@ -146,7 +152,13 @@ class FlatUnit {
   /// parameters are always whole that begins to gather them, and `gather_changed` ends it.
   void begin_changed() {
     const at::NoGradGuard no_grad;
-    if (!master_.is_same(own_)) own_.copy_(master_);
+    fetch_master();
+    if (!master_.is_same(own_)) {
+      fetch(own_);
+      own_.copy_(master_);
+      put_away(own_);
+    }
+    put_master_away();
     release();
     if (!options_.frees_parameters) arriving_ = exchange_.gather(whole_, number_);
   }
@@ -154,9 +166,19 @@ class FlatUnit {
   /// This rank's part from the whole parameters, which somebody has changed in the same way on all ranks.
   void take_whole() {
     const at::NoGradGuard no_grad;
+    fetch(own_);
+    fetch_master();
     if (options_.frees_parameters) own_.copy_(exchange_.own_part(whole_));
     if (!master_.is_same(own_)) master_.copy_(own_);
+    put_away(own_);
+    put_master_away();
   }
+  /// Brings the masters into memory, where they are in a file, and back.
+  void begin_fetch_master() {
+    if (store_) store_->prefetch(master_);
+  }
+  void fetch_master() { fetch(master_); }
+  void put_master_away() { put_away(master_); }
 
   // ---- Gradients ----
 
@@ -258,6 +280,34 @@ class FlatUnit {
                 " is sparse, which cannot be sharded: make the embedding with sparse(false), or use Ddp");
   }
 
+  void move_to_file() {
+    const bool is_own = master_.is_same(own_);
+    std::int64_t bytes = FileStore<>::rounded(bytes_of(master_));
+    if (!is_own && options_.frees_parameters) bytes += FileStore<>::rounded(bytes_of(own_));
+    store_.emplace(options_.folder, bytes);
+    const auto moved = [&](const at::Tensor& tensor) {
+      at::Tensor file = store_->tensor(tensor.sizes(), tensor.scalar_type());
+      return file.copy_(tensor);
+    };
+    master_ = moved(master_);
+    if (is_own) {
+      own_ = master_;
+    } else if (options_.frees_parameters) {
+      own_ = moved(own_);
+    }
+    put_away(master_);
+    put_away(own_);
+  }
+  [[nodiscard]] bool is_in_file(const at::Tensor& tensor) const {
+    return store_ && (tensor.is_same(master_) || options_.frees_parameters);
+  }
+  void fetch(const at::Tensor& tensor) {
+    if (is_in_file(tensor)) store_->fetch(tensor);
+  }
+  void put_away(const at::Tensor& tensor) {
+    if (is_in_file(tensor)) store_->release(tensor);
+  }
+
   /// Memory that a message is still written to must not be freed.
   void abandon() noexcept {
     for (auto* pending : {&arriving_, &leaving_}) {
@@ -281,12 +331,13 @@ class FlatUnit {
   std::int64_t elements_ = 0;
   std::int64_t part_ = 0;
   State state_ = State::whole;
-  at::Tensor whole_;     // (elements): what the module's parameters are views of
-  at::Tensor own_;       // (part), in the compute dtype
-  at::Tensor master_;    // (part); the same as own_ where that will do
-  at::Tensor gradient_;  // (part), of master_; undefined while there is none
-  at::Tensor bucket_;    // (elements): gradients on their way out
-  at::Tensor received_;  // and in
+  std::optional<FileStore<>> store_;  // of master_ and own_, if they are in a file
+  at::Tensor whole_;                  // (elements): what the module's parameters are views of
+  at::Tensor own_;                    // (part), in the compute dtype
+  at::Tensor master_;                 // (part); the same as own_ where that will do
+  at::Tensor gradient_;               // (part), of master_; undefined while there is none
+  at::Tensor bucket_;                 // (elements): gradients on their way out
+  at::Tensor received_;               // and in
   Exchange::Pending arriving_;
   Exchange::Pending leaving_;
 };

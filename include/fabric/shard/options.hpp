@@ -93,6 +93,8 @@ struct ShardingOptions {
   bool find_unused_parameters = false;  ///< Allow parameters without a part in the loss; one more small collective.
   bool broadcast_buffers = true;        ///< Buffers (BatchNorm's statistics) are rank 0's in each step and after it.
   std::optional<at::ScalarType> reduce_dtype{};  ///< Of gradients on their way; by default as the precision says.
+  std::string nvme_path =
+      "/local_nvme";  ///< DeepSpeed<3, Offload::nvme>: the folder for files of parameters and state.
   std::chrono::milliseconds timeout{std::chrono::minutes(30)};  ///< Of each collective.
   bool detect_desync = false;                                   ///< See LaunchOptions, as for the next one.
   std::string log_dir{};

@@ -26,6 +26,7 @@
 #include "fabric/shard/exchange.hpp"
 #include "fabric/shard/flat_unit.hpp"
 #include "fabric/shard/group_parameters.hpp"
+#include "fabric/shard/offloaded_state.hpp"
 #include "fabric/shard/options.hpp"
 #include "fabric/shard/use_on_demand.hpp"
 
@@ -46,6 +47,7 @@ class ShardedModule : private detail::UnitOwner {
     std::function<at::ScalarType(at::ScalarType)> buffer{};
     at::Device master_device = at::kCPU;
     at::Device own_device = at::kCPU;
+    std::string folder{};  ///< Where masters, and the parts that are gathered, are files; empty: in memory.
   };
 
   /// How much memory this rank holds for the module, in bytes.
@@ -80,6 +82,7 @@ class ShardedModule : private detail::UnitOwner {
                                .device = world.device,
                                .master_device = layout.master_device,
                                .own_device = layout.own_device,
+                               .folder = layout.folder,
                                .frees_parameters = layout.frees_parameters,
                                .frees_buckets = layout.frees_buckets};
       units_.push_back(std::make_unique<detail::FlatUnit>(group, unit, *exchange_, static_cast<int>(units_.size())));
@@ -207,6 +210,14 @@ class ShardedModule : private detail::UnitOwner {
   }
   /// The units, for tests and reports.
   [[nodiscard]] const std::vector<std::unique_ptr<detail::FlatUnit>>& units() const { return units_; }
+
+  /// What optimizers keep for the unit of that number, if it is offloaded to files.
+  [[nodiscard]] detail::OffloadedState& offloaded(std::size_t unit) {
+    while (offloaded_.size() < units_.size()) {
+      offloaded_.push_back(std::make_unique<detail::OffloadedState>(options_.nvme_path));
+    }
+    return *offloaded_[unit];
+  }
 
   /// False inside no_backward_sync.
   bool sync_gradients = true;
@@ -469,6 +480,7 @@ class ShardedModule : private detail::UnitOwner {
   ShardingOptions options_;
   std::unique_ptr<detail::Exchange> exchange_;  // which units refer to
   std::vector<std::unique_ptr<Unit>> units_;
+  std::vector<std::unique_ptr<detail::OffloadedState>> offloaded_;
   std::vector<Shard> shards_;
   std::vector<at::Tensor> buffers_;
   bool buffers_differ_ = false;

@@ -19,6 +19,7 @@
 #include "fabric/precision/precision_plugin.hpp"
 #include "fabric/precision/sharded_precision.hpp"
 #include "fabric/shard/adopt_optimizer.hpp"
+#include "fabric/shard/offload.hpp"
 #include "fabric/shard/options.hpp"
 #include "fabric/shard/sharded_module.hpp"
 #include "fabric/strategy/engine.hpp"
@@ -104,6 +105,17 @@ class ShardedEngine {
   static auto forward(ShardedModule& state, Run&& run) {
     return state.forward(std::forward<Run>(run));
   }
+  /// `step()`, which steps the optimizer, for all parameters at once or, where its state is in files, for one unit
+  /// after the other.
+  template <class Step>
+  static auto step(const std::vector<std::shared_ptr<ShardedModule>>& states, torch::optim::Optimizer& optimizer,
+                   const Step& step) {
+    if constexpr (facts.optimizer_offload == Offload::nvme) {
+      return step_by_unit(states, optimizer, step);
+    } else {
+      return step();
+    }
+  }
   static void after_backward(ShardedModule& state) { state.after_backward(); }
   static void before_step(ShardedModule& state) { state.before_step(); }
   static void after_step(ShardedModule& state) { state.after_step(); }
@@ -171,6 +183,7 @@ class ShardedEngine {
     layout.frees_buckets = !is_deepspeed || facts.stage > 1;
     layout.master_device = is_offloaded(facts.optimizer_offload) ? at::Device(at::kCPU) : world.device;
     layout.own_device = is_offloaded(facts.parameter_offload) ? at::Device(at::kCPU) : world.device;
+    if (facts.optimizer_offload == Offload::nvme) layout.folder = options_.nvme_path;
     return layout;
   }
   static constexpr bool is_offloaded(Offload offload) { return offload != Offload::none; }
