@@ -11,7 +11,6 @@
 #include <vector>
 
 #include <fabric/dispatch.hpp>
-#include <fabric/fabric.hpp>
 #include <fmt/format.h>
 #include <malloc.h>
 #include <nlohmann/json.hpp>
@@ -23,8 +22,11 @@
 namespace bench {
 namespace {
 
-using Menu = fabric::Menu<fabric::Accelerators<fabric::Cpu>, fabric::Strategies<fabric::Ddp>,
-                          fabric::Precisions<fabric::BF16Mixed>>;
+using Menu = fabric::Menu<
+    fabric::Accelerators<fabric::Cpu>,
+    fabric::Strategies<fabric::Ddp, fabric::DeepSpeed<1>, fabric::DeepSpeed<2>, fabric::DeepSpeed<3>,
+                       fabric::DeepSpeed<1, fabric::Offload::cpu>, fabric::DeepSpeed<3, fabric::Offload::cpu>>,
+    fabric::Precisions<fabric::BF16Mixed>>;
 
 /// A line of /proc/self/status that counts kilobytes, in bytes.
 std::int64_t status(const std::string& key) {

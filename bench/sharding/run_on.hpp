@@ -4,7 +4,7 @@
 #include <utility>
 
 #include <fabric/dispatch.hpp>
-#include <fabric/fabric.hpp>
+#include <fabric/sharding.hpp>
 
 #include "task.hpp"
 #include "transformer.hpp"

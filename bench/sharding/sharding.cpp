@@ -35,8 +35,9 @@ namespace {
 using namespace bench;
 
 /// Flags of the strategies whose steps are timed, and of those whose memory is measured.
-const std::vector<std::string> timed{"ddp"};
-const std::vector<std::string> weighed{};
+const std::vector<std::string> timed{"ddp", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3"};
+const std::vector<std::string> weighed{"deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3",
+                                       "deepspeed_stage_1_offload", "deepspeed_stage_3_offload"};
 
 constexpr int time_devices = 2;
 constexpr int memory_devices = 4;

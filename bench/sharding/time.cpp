@@ -8,7 +8,6 @@
 #include <utility>
 
 #include <fabric/dispatch.hpp>
-#include <fabric/fabric.hpp>
 #include <fmt/format.h>
 
 #include "run_on.hpp"
@@ -20,7 +19,9 @@ namespace bench {
 namespace {
 
 using Menu =
-    fabric::Menu<fabric::Accelerators<fabric::Cpu>, fabric::Strategies<fabric::Ddp>, fabric::Precisions<fabric::F32>>;
+    fabric::Menu<fabric::Accelerators<fabric::Cpu>,
+                 fabric::Strategies<fabric::Ddp, fabric::DeepSpeed<1>, fabric::DeepSpeed<2>, fabric::DeepSpeed<3>>,
+                 fabric::Precisions<fabric::F32>>;
 
 /// The number on the first rank's next line, on all ranks; 0 at the end.
 template <class F>

@@ -1,25 +1,25 @@
 // SPDX-License-Identifier: Apache-2.0
 // labels: distributed sharding
+// timeout: 300
 //
 // Twenty steps of a transformer and of a CNN with BatchNorm on two ranks, with AdamW and clipping, beside the losses
 // that Python's FSDP2 had with the same weights and batches: tests/reference/fsdp2.py made them.
 #include <algorithm>
-#include <chrono>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
-#include <cstdlib>
-#include <exception>
-#include <iostream>
 #include <map>
+#include <optional>
 #include <string>
 #include <vector>
 
 #include <nlohmann/json.hpp>
 
-#include "fabric/fabric.hpp"
-#include "support/catch.hpp"
+#include "fabric/sharding.hpp"
+#include "support/job.hpp"
+#include "support/ranks.hpp"
 #include "support/reference.hpp"
+#include "support/sharded_policies.hpp"
 #include "support/sharding_models.hpp"
 
 namespace {
@@ -31,12 +31,6 @@ const Json& reference() {
   static const Json data = read_reference("fsdp2.json.gz");
   return data;
 }
-
-/// In which a forward returns what it computes in, so that 64-bit digits are compared and not 32-bit outputs.
-struct DefaultDtype {
-  explicit DefaultDtype(at::ScalarType dtype) { torch::set_default_dtype(c10::scalarTypeToTypeMeta(dtype)); }
-  ~DefaultDtype() { torch::set_default_dtype(caffe2::TypeMeta::Make<float>()); }
-};
 
 struct Trace {
   std::vector<double> losses, norms;        // the loss of this rank
@@ -65,8 +59,9 @@ std::map<std::string, double> checksums(const F& fabric, const Model& model) {
 }
 
 template <class Model, class F>
-Trace train(F& fabric, at::ScalarType dtype) {
-  const DefaultDtype outputs(dtype);
+Trace train(F& fabric, at::ScalarType dtype, double max_norm) {
+  std::optional<DoubleOutputs> outputs;
+  if (dtype == at::kDouble) outputs.emplace();
   const Json& data = reference();
   torch::nn::ModuleHolder<Model> net;
   sharding::set_weights(*net);
@@ -81,7 +76,7 @@ Trace train(F& fabric, at::ScalarType dtype) {
     optimizer.zero_grad();
     const at::Tensor loss = sharding::loss_of(model(x), y);
     fabric.backward(loss);
-    const at::Tensor norm = fabric.clip_gradients(model, ClipNorm{.max_norm = data["max_norm"]});
+    const at::Tensor norm = fabric.clip_gradients(model, ClipNorm{.max_norm = max_norm});
     optimizer.step();
     trace.losses.push_back(loss.template item<double>());
     trace.norms.push_back(norm.template item<double>());
@@ -95,51 +90,72 @@ double relative(double ours, const Json& theirs) {
   return std::abs(ours - value) / std::max(1.0, std::abs(value));
 }
 
-/// Trains on two ranks and compares with the trace of `precision`. The differences may be `tolerance`.
+/// How far we may be from Python.
+struct Tolerance {
+  double losses;
+  double norms = losses;
+  double checksums = 100 * losses;  ///< These count an element 64 times or so.
+};
+
+/// Trains on two ranks and compares with the trace of `precision`.
 template <class S, class P, class Model>
-void compare(const char* network, const char* precision, at::ScalarType dtype, double tolerance) {
-  at::set_num_threads(1);
-  int rank = -1;
-  try {
-    Fabric<Cpu, S, P> fabric({.devices = 2, .strategy = {.timeout = std::chrono::seconds(60)}});
-    fabric.launch();
-    rank = fabric.global_rank();
+void compare(const char* network, const char* precision, at::ScalarType dtype, const Tolerance& tolerance,
+             const typename Engine<Cpu, S>::Options& options = {}) {
+  on_ranks<P, S>(options, [&](auto& fabric) {
     const Json& expected = reference()[network][precision];
-    const Trace trace = train<Model>(fabric, dtype);
-    double loss = 0;
-    double norm = 0;
-    double checksum = 0;
+    const Trace trace = train<Model>(fabric, dtype, expected["max_norm"]);
+    double losses = 0;
+    double norms = 0;
+    double checksums = 0;
     for (std::size_t step = 0; step < trace.losses.size(); ++step) {
-      loss = std::max(loss, relative(trace.losses[step], expected["losses"][step][rank]));
-      norm = std::max(norm, relative(trace.norms[step], expected["norms"][step]));
+      losses = std::max(losses, relative(trace.losses[step], expected["losses"][step][fabric.global_rank()]));
+      norms = std::max(norms, relative(trace.norms[step], expected["norms"][step]));
     }
     REQUIRE(trace.checksums.size() == expected["parameters"].size());
     for (const auto& [name, sum] : trace.checksums) {
-      checksum = std::max(checksum, relative(sum, expected["parameters"][name]));
+      checksums = std::max(checksums, relative(sum, expected["parameters"][name]));
     }
-    CAPTURE(rank, network, precision, loss, norm, checksum);
+    CAPTURE(network, precision, losses, norms, checksums);
     REQUIRE(trace.losses.size() == expected["losses"].size());
-    REQUIRE(loss <= tolerance);
-    REQUIRE(norm <= tolerance);
-    REQUIRE(checksum <= 100 * tolerance);  // it counts an element 64 times or so
-    fabric.barrier();
-  } catch (const std::exception& error) {
-    std::cout << "rank " << rank << ": " << error.what() << std::endl;
-    std::exit(1);
-  } catch (...) {  // a failed REQUIRE, which Catch has reported
-    std::cout << "rank " << rank << " failed" << std::endl;
-    std::exit(1);
-  }
+    CHECK(losses <= tolerance.losses);
+    CHECK(norms <= tolerance.norms);
+    CHECK(checksums <= tolerance.checksums);
+  });
 }
 
 template <class S>
-void compare_both() {
-  compare<S, F64, sharding::TransformerImpl>("transformer", "f64", at::kDouble, 1e-12);
-  compare<S, F64, sharding::CnnImpl>("cnn", "f64", at::kDouble, 1e-12);
-  compare<S, F32, sharding::TransformerImpl>("transformer", "f32", at::kFloat, 1e-5);
-  compare<S, F32, sharding::CnnImpl>("cnn", "f32", at::kFloat, 1e-5);
+void compare_all() {
+  compare<S, F64, sharding::TransformerImpl>("transformer", "f64", at::kDouble, {1e-12});
+  compare<S, F64, sharding::CnnImpl>("cnn", "f64", at::kDouble, {1e-12});
+  compare<S, F32, sharding::TransformerImpl>("transformer", "f32", at::kFloat, {1e-5});
+  compare<S, F32, sharding::CnnImpl>("cnn", "f32", at::kFloat, {1e-5});
 }
 
 }  // namespace
 
-TEST_CASE("[issue-8.accept] Ddp has the losses, norms and parameters of Python's FSDP2") { compare_both<Ddp>(); }
+TEST_CASE("[issue-8.accept] Ddp has the losses, norms and parameters of Python's FSDP2") { compare_all<Ddp>(); }
+TEST_CASE("[issue-8.accept] ZeRO 1 has them") { compare_all<Zero<1>>(); }
+TEST_CASE("[issue-8.accept] ZeRO 2 has them") { compare_all<Zero<2>>(); }
+TEST_CASE("[issue-8.accept] ZeRO 3 has them") { compare_all<Zero<3>>(); }
+TEST_CASE("[issue-8.accept] fully sharded, they are the same") { compare_all<Sharded>(); }
+
+// What rounds otherwise now and then soon is a whole rounding of bfloat16 apart, so that other kernels, or a sum in
+// bfloat16 whose order differs, can be compared by some of them only.
+TEST_CASE("[issue-8.5] parameters in bfloat16 with exact masters train as under FSDP2's MixedPrecisionPolicy") {
+  const Tolerance rounded{std::ldexp(1, -8), std::ldexp(1, -6), 4};
+  const Tolerance exact{0, 1e-6, 0};  // norms are sums of squares in another order
+  compare<DeepSpeed<3>, BF16Mixed, sharding::TransformerImpl>(
+      "transformer", "bf16", at::kFloat, same_kernels() ? exact : rounded, {.reduce_dtype = at::kFloat});
+  compare<DeepSpeed<3>, BF16Mixed, sharding::TransformerImpl>("transformer", "bf16, reduced in bf16", at::kFloat,
+                                                              rounded);
+}
+
+TEST_CASE("[issue-8.accept] with the kernels that Python had, in bfloat16 to the last digit") {
+  if (same_kernels() || variable("LOCAL_RANK", "0") != "0") return;
+  Process program({"/proc/self/exe"}, {{"ATEN_CPU_CAPABILITY", "default"},  // those of same_everywhere.py
+                                       {"ONEDNN_MAX_CPU_ISA", "SSE41"},
+                                       {"MKL_CBWR", "COMPATIBLE"}});
+  const int code = program.wait(150);
+  INFO(program.output());
+  REQUIRE(code == 0);
+}
