@@ -143,8 +143,9 @@ class TensorParallelizer {
     }
     for (torch::nn::Module* layer : layers_) {
       // LibTorch's check of it is for the whole vocabulary; the operator has it from the slice.
-      if (auto* embedding = dynamic_cast<torch::nn::EmbeddingImpl*>(layer))
+      if (auto* embedding = dynamic_cast<torch::nn::EmbeddingImpl*>(layer)) {
         embedding->options.padding_idx(std::nullopt);
+      }
       const auto mark = std::make_shared<Mark>();
       for (const auto& named : own_parameters(*layer)) {
         if (const Part* part = find(named.second)) mark->known.push_back(part->known);
