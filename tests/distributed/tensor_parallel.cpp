@@ -417,7 +417,7 @@ TEST_CASE("[issue-8.1] layers are reached however they are called") {
     REQUIRE(distance(elsewhere, expected) < 1e-12);
 
     // Converting takes keys off the parameters, and storages may move: they are the same tensors still.
-    const auto single = [&] { return divided->forward(x.to(torch::kFloat)); };
+    const auto single = [&x, &divided = divided] { return divided->forward(x.to(torch::kFloat)); };
     divided->to(torch::kFloat);
     REQUIRE(distance(single(), expected) < 1e-5);
     std::thread([&] { elsewhere = single(); }).join();
