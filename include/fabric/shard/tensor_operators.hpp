@@ -91,16 +91,14 @@ struct Divide : torch::autograd::Function<Divide> {
 [[nodiscard]] inline at::Tensor summing_gradient(const World& tensor, const at::Tensor& input) {
   if (!at::GradMode::is_enabled() || !input.requires_grad()) return input;
   struct Last {
-    c10::weak_intrusive_ptr<c10::TensorImpl> input{c10::intrusive_ptr<c10::TensorImpl>()};
-    std::int64_t version = 0;
     const c10d::ProcessGroup* group = nullptr;
     libtorch::WeakNode node;
   };
   thread_local Last last;
-  const auto version = input._version();
-  if (last.group == tensor.group.get() && last.version == version && !last.input.expired() &&
-      last.input._unsafe_get_target() == input.unsafeGetTensorImpl()) {
-    if (const libtorch::NodePointer node = last.node.lock()) {
+  if (last.group == tensor.group.get()) {
+    const libtorch::NodePointer node = last.node.lock();
+    // By where gradients go, which changes with a tensor that is changed in place.
+    if (node && node->next_edge(0) == torch::autograd::impl::gradient_edge(input)) {
       at::Tensor again = input.detach();
       torch::autograd::impl::set_gradient_edge(again, {node, 0});
       return again;
@@ -113,8 +111,7 @@ struct Divide : torch::autograd::Function<Divide> {
     sum_data(tensor, sum);
     return sum;
   });
-  last = {c10::weak_intrusive_ptr<c10::TensorImpl>(input.getIntrusivePtr()), version, tensor.group.get(),
-          libtorch::WeakNode(output.grad_fn())};
+  last = {tensor.group.get(), libtorch::WeakNode(output.grad_fn())};
   return output;
 }
 

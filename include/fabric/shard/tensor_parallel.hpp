@@ -9,7 +9,7 @@
 #include <optional>
 #include <sstream>
 #include <string>
-#include <unordered_map>
+#include <unordered_set>
 #include <utility>
 #include <variant>
 #include <vector>
@@ -96,56 +96,70 @@ class TensorParallelizer {
   }
 
   /// Makes parameters and buffers those of the group's rank 0, which the slices are then cut from.
-  void share() const {
+  void share() {
     std::vector<std::string> description;
     std::vector<at::Tensor> tensors;
     const auto add = [&](const std::string& name, const at::Tensor& tensor) {
-      const auto part = parts_.find(tensor.unsafeGetTensorImpl());
+      const Part* part = find(tensor);
       std::ostringstream text;
       text << name << ": " << at::toString(tensor.scalar_type()) << ' ' << tensor.sizes();
-      if (part != parts_.end()) text << ", divided along dimension " << part->second.dim << part->second.options();
+      if (part != nullptr) text << ", divided along dimension " << part->dim << part->options();
       description.push_back(text.str());
       if (!tensor.is_meta()) tensors.push_back(tensor.detach());
     };
-    for (const auto& [name, parameter] : parameters_of(module_)) add(name, parameter);
+    std::unordered_set<const c10::TensorImpl*> registered;
+    for (const auto& [name, parameter] : parameters_of(module_)) {
+      add(name, parameter);
+      registered.insert(parameter.unsafeGetTensorImpl());
+    }
+    for (const Part& part : parts_) {  // a layer may have been given a weight without that being registered
+      if (!registered.contains(part.parameter.unsafeGetTensorImpl())) add(part.layer, part.parameter);
+    }
     for (const auto& buffer : module_.named_buffers()) add(buffer.key(), buffer.value());
     require_agreement(tensor_, "parallelize_module", description);
     constexpr std::size_t bytes_at_once = 250UL * 1024 * 1024;
     if (!tensors.empty()) c10d::broadcast_coalesced(tensor_.group, tensors, bytes_at_once);
   }
 
-  void divide() const {
-    for (const auto& [tensor, part] : parts_) {
+  void divide() {
+    for (Part& part : parts_) {
       const at::NoGradGuard no_grad;
-      SlicedParameter known;
-      known.slice = {.name = part.layer,
-                     .parameter = {},
-                     .dim = part.dim,
-                     .index = tensor_.global_rank,
-                     .count = tensor_.size,
-                     .full_sizes = part.parameter.sizes().vec(),
-                     .tensor = tensor_};
-      known.linear = part.linear;
-      known.embedding = part.embedding;
-      const at::Tensor own = own_part(known.slice, part.parameter.detach());
+      auto known = std::make_shared<SlicedParameter>();
+      known->slice = {.name = part.layer,
+                      .parameter = {},
+                      .dim = part.dim,
+                      .index = tensor_.global_rank,
+                      .count = tensor_.size,
+                      .full_sizes = part.parameter.sizes().vec(),
+                      .tensor = tensor_};
+      known->linear = part.linear;
+      known->embedding = part.embedding;
+      const at::Tensor own = own_part(known->slice, part.parameter.detach());
       part.parameter.mutable_grad().reset();
       part.parameter.set_data(own.clone(at::MemoryFormat::Contiguous));
-      SlicedParameters::instance().add(part.parameter, std::move(known));
+      SlicedParameters::instance().add(part.parameter, known);
       TensorOperators::intercept(part.parameter);
+      part.known = std::move(known);
     }
     for (torch::nn::Module* layer : layers_) {
       // LibTorch's check of it is for the whole vocabulary; the operator has it from the slice.
-      if (auto* embedding = dynamic_cast<torch::nn::EmbeddingImpl*>(layer))
+      if (auto* embedding = dynamic_cast<torch::nn::EmbeddingImpl*>(layer)) {
         embedding->options.padding_idx(std::nullopt);
-      if (!layer->named_children().contains(mark)) layer->register_module(mark, std::make_shared<Mark>());
+      }
+      const auto mark = std::make_shared<Mark>();
+      for (const auto& named : own_parameters(*layer)) {
+        if (const Part* part = find(named.second)) mark->known.push_back(part->known);
+      }
+      layer->register_module("tensor_slice", mark);
     }
   }
 
  private:
-  /// A child that layers get so that LibTorch refuses to clone them: a clone would take a slice for the whole.
-  static constexpr const char* mark = "tensor_slice";
+  /// A child of each divided layer. It keeps what is known of the layer's parameters, and makes LibTorch refuse to
+  /// clone the layer: a clone would take a slice for the whole.
   struct Mark : torch::nn::Module {
     Mark() : Module("TensorSlice") {}
+    std::vector<std::shared_ptr<const SlicedParameter>> known;
   };
 
   /// A parameter that is to be divided.
@@ -155,6 +169,7 @@ class TensorParallelizer {
     std::int64_t dim = 0;
     std::optional<LinearOperator> linear{};
     std::optional<EmbeddingOperator> embedding{};
+    std::shared_ptr<const SlicedParameter> known{};
 
     [[nodiscard]] std::string options() const {
       return (linear && linear->split_input)                                                ? " with split_input"
@@ -249,14 +264,20 @@ class TensorParallelizer {
   }
 
   Part* part_of(const at::Tensor& parameter, const std::string& layer, std::int64_t dim) {
-    const auto [found, fresh] = parts_.try_emplace(parameter.unsafeGetTensorImpl(), Part{parameter, layer, dim});
-    if (!fresh && found->second.dim != dim) {
-      problem("'" + layer + "' shares a parameter with '" + found->second.layer +
+    Part* const found = find(parameter);
+    if (found == nullptr) return &parts_.emplace_back(Part{parameter, layer, dim});
+    if (found->dim != dim) {
+      problem("'" + layer + "' shares a parameter with '" + found->layer +
               "' and divides it along the other dimension. A Colwise Linear goes with a Rowwise Embedding, and the "
               "other way round");
       return nullptr;
     }
-    return &found->second;
+    return found;
+  }
+  [[nodiscard]] Part* find(const at::Tensor& parameter) {
+    const auto found =
+        std::find_if(parts_.begin(), parts_.end(), [&](const Part& part) { return part.parameter.is_same(parameter); });
+    return found == parts_.end() ? nullptr : &*found;
   }
 
   /// A parameter that is divided for one module is divided for all that have it.
@@ -264,10 +285,10 @@ class TensorParallelizer {
     for (std::size_t i = 0; i < modules_.size(); ++i) {
       if (std::find(layers_.begin(), layers_.end(), modules_[i]) != layers_.end()) continue;
       for (const auto& [name, parameter] : own_parameters(*modules_[i])) {
-        const auto found = parts_.find(parameter.unsafeGetTensorImpl());
-        if (found == parts_.end()) continue;
-        problem("'" + (names_[i].empty() ? "" : names_[i] + ".") + name + "' is also a parameter of '" +
-                found->second.layer + "', which is to be divided: name both in the plan, or neither");
+        const Part* const found = find(parameter);
+        if (found == nullptr) continue;
+        problem("'" + (names_[i].empty() ? "" : names_[i] + ".") + name + "' is also a parameter of '" + found->layer +
+                "', which is to be divided: name both in the plan, or neither");
       }
     }
   }
@@ -290,7 +311,7 @@ class TensorParallelizer {
   std::vector<std::string> names_;
   std::vector<torch::nn::Module*> modules_;
   std::vector<torch::nn::Module*> layers_;  // that the plan names
-  std::unordered_map<const c10::TensorImpl*, Part> parts_;
+  std::vector<Part> parts_;                 // in the same order on all ranks
   std::vector<std::string> problems_;
 };
 

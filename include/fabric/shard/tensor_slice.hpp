@@ -54,7 +54,8 @@ struct SlicedParameter {
 };
 
 /// The sliced parameters of this process. They are found by their TensorImpls, which stay the same when a strategy
-/// moves their storages. Thread-safe.
+/// moves their storages. What is known of one lives as long as its layers, so that nothing here keeps a process group
+/// until the program's end. Thread-safe.
 class SlicedParameters {
  public:
   [[nodiscard]] static SlicedParameters& instance() {
@@ -62,19 +63,18 @@ class SlicedParameters {
     return parameters;
   }
 
-  void add(const at::Tensor& parameter, SlicedParameter known) {
+  void add(const at::Tensor& parameter, const std::shared_ptr<const SlicedParameter>& known) {
     const std::unique_lock lock(mutex_);
-    std::erase_if(by_tensor_, [](const auto& entry) { return entry.second.alive.expired(); });
+    std::erase_if(by_tensor_, [](const auto& entry) { return entry.second.known.expired(); });
     by_tensor_.insert_or_assign(parameter.unsafeGetTensorImpl(),
-                                Entry{c10::weak_intrusive_ptr<c10::TensorImpl>(parameter.getIntrusivePtr()),
-                                      std::make_shared<const SlicedParameter>(std::move(known))});
+                                Entry{c10::weak_intrusive_ptr<c10::TensorImpl>(parameter.getIntrusivePtr()), known});
   }
 
   /// Null if the tensor is no sliced parameter.
   [[nodiscard]] std::shared_ptr<const SlicedParameter> find(const at::Tensor& parameter) const {
     const std::shared_lock lock(mutex_);
     const auto found = by_tensor_.find(parameter.unsafeGetTensorImpl());
-    return found == by_tensor_.end() ? nullptr : found->second.known;
+    return found == by_tensor_.end() ? nullptr : found->second.known.lock();
   }
 
   /// The sliced parameter of which `right` is the transpose, now: autograd does not know of what a view is one if its
@@ -88,7 +88,7 @@ class SlicedParameters {
           parameter->storage_offset() == right.storage_offset() && parameter->size(0) == right.size(1) &&
           parameter->size(1) == right.size(0) && parameter->stride(0) == right.stride(1) &&
           parameter->stride(1) == right.stride(0)) {
-        return entry.known;
+        return entry.known.lock();
       }
     }
     return nullptr;
@@ -97,7 +97,7 @@ class SlicedParameters {
  private:
   struct Entry {
     c10::weak_intrusive_ptr<c10::TensorImpl> alive;  // keeps the address from being given to another tensor
-    std::shared_ptr<const SlicedParameter> known;
+    std::weak_ptr<const SlicedParameter> known;
   };
 
   SlicedParameters() = default;

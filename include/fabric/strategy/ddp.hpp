@@ -23,6 +23,7 @@
 #include "fabric/launch/processes.hpp"
 #include "fabric/libtorch.hpp"
 #include "fabric/module/parameters.hpp"
+#include "fabric/shard/tensor_slice.hpp"
 #include "fabric/strategy/ddp_hooks.hpp"
 #include "fabric/strategy/engine.hpp"
 #include "fabric/strategy/sync_guard.hpp"
@@ -54,6 +55,12 @@ class DdpModule {
     std::vector<at::Tensor> replicated;
     std::vector<std::string> description;
     for (const auto& [name, parameter] : parameters_of(module)) {
+      if (tensor_slice_of(parameter)) {
+        throw Error(
+            "fabric: Ddp: '" + name +
+            "' holds this rank's slice of a parameter (parallelize_module), and Ddp would average it with other "
+            "slices. Use ModelParallel, or average gradients over the mesh's data group yourself");
+      }
       description.push_back(describe(name, parameter));
       replicated.push_back(parameter.detach());
       if (!parameter.requires_grad()) continue;
