@@ -415,8 +415,11 @@ TEST_CASE("[issue-8.6] init_module(make, {.empty = true}): setup makes the value
   auto net = fabric.init_module([] { return Zoo(); }, {.empty = true});
   REQUIRE(net->linear->weight.is_meta());
   CHECK(net->linear->weight.scalar_type() == at::kDouble);
-  auto [model, optimizer] = fabric.setup(net, torch::optim::SGD(net->parameters(), 0.1));
+  auto [model, optimizer] = fabric.setup(net, optim::AdamW(net->parameters(), optim::AdamWOptions(0.1)));
   auto model_at_once = fabric.setup(at_once);
   check_equal(*at_once, *net);
+  net->linear(torch::ones({2, 4}, at::kDouble)).sum().backward();
+  optimizer.step();
+  CHECK_FALSE(at_once->linear->weight.equal(net->linear->weight));
   CHECK_FALSE(fabric.init_module([] { return Zoo(); }, {.empty = false})->linear->weight.is_meta());
 }
