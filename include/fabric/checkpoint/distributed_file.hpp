@@ -93,6 +93,8 @@ class DistributedFile {
       StoredEntry& entry = entries_.emplace_back();
       entry.key = key;
       entry.path = std::move(path);
+    } else if (entries_[place->second].path != path) {
+      refuse_to_write(key, "is the key of two values: names with dots come to the same");
     }
     return entries_[place->second];
   }

@@ -211,15 +211,43 @@ class DistributedMetadataWriter : public PickleText {
 /// overlap and cover it, and that each part stands in a file of this folder.
 class DistributedMetadataReader {
  public:
-  /// Throws DamagedCheckpoint. `rest` becomes what follows the pickle.
-  static std::vector<StoredEntry> read(std::string_view pickle, const std::string& path, std::string_view* rest) {
+  /// Throws DamagedCheckpoint. `rest` becomes what follows the pickle. One rank's own entries are only `some` of all:
+  /// they need not cover their tensors.
+  static std::vector<StoredEntry> read(std::string_view pickle, const std::string& path,
+                                       std::string_view* rest = nullptr, bool some = false) {
     const auto no_storages = [&path](const std::string&) -> at::Storage {
       Refuse{path}("it has a tensor in it");
     };
     PickleReader reader(pickle, path, no_storages, dcp::classes);
     const Value root = reader.read();
     if (rest != nullptr) *rest = reader.rest();
-    return DistributedMetadataReader(path).entries(root);
+    DistributedMetadataReader checked(path);
+    std::vector<StoredEntry> entries = checked.entries(root);
+    for (const StoredEntry& entry : entries) {
+      if (const std::string wrong = some ? "" : problem_of(entry); !wrong.empty()) checked.refuse(wrong);
+    }
+    return entries;
+  }
+
+  /// What is wrong with the parts of an entry; empty if they are its whole.
+  static std::string problem_of(const StoredEntry& entry) {
+    if (!entry.is_tensor()) {
+      return entry.items.size() == 1 ? "" : "it does not say where '" + entry.key + "' is, or says it twice";
+    }
+    std::int64_t elements = 0;
+    std::vector<Box> boxes;
+    for (const StoredItem& item : entry.items) {
+      const std::int64_t count = item.box.numel();
+      const std::uint64_t most = item.length / c10::elementSize(*entry.dtype);
+      if (item.file.empty() && count > 0) return "it does not say where a part of '" + entry.key + "' is";
+      if (static_cast<std::uint64_t>(count) > most) {
+        return "a part of '" + entry.key + "' has more elements than bytes that stand for it";
+      }
+      elements = std::min(elements + count, entry.numel() + 1);
+      if (count > 0) boxes.push_back(item.box);
+    }
+    const bool whole = elements == entry.numel() && !overlap(boxes);
+    return whole ? "" : "the parts of '" + entry.key + "' overlap, or do not cover it";
   }
 
  private:
@@ -293,7 +321,6 @@ class DistributedMetadataReader {
     if (items->is<List>()) {
       for (const Value& pair : as<List>(items).items) read_item(as<List>(&pair).items, entries, places);
     }
-    for (const StoredEntry& entry : entries) check(entry);
     return entries;
   }
 
@@ -385,28 +412,6 @@ class DistributedMetadataReader {
       if (item.box.offsets == offsets && item.file.empty()) return &item;
     }
     refuse("it says where a part of '" + entry.key + "' is that the tensor does not have");
-  }
-
-  void check(const StoredEntry& entry) const {
-    if (!entry.is_tensor()) {
-      if (entry.items.empty()) refuse("it does not say where '" + entry.key + "' is");
-      return;
-    }
-    std::int64_t elements = 0;
-    std::vector<Box> boxes;
-    for (const StoredItem& item : entry.items) {
-      const std::int64_t count = item.box.numel();
-      const std::uint64_t most = item.length / c10::elementSize(*entry.dtype);
-      if (item.file.empty() && count > 0) refuse("it does not say where a part of '" + entry.key + "' is");
-      if (static_cast<std::uint64_t>(count) > most) {
-        refuse("a part of '" + entry.key + "' has more elements than bytes that stand for it");
-      }
-      elements = std::min(elements + count, entry.numel() + 1);
-      if (count > 0) boxes.push_back(item.box);
-    }
-    if (elements != entry.numel() || overlap(boxes)) {
-      refuse("the parts of '" + entry.key + "' overlap, or do not cover it");
-    }
   }
 
   const std::string& path_;

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <algorithm>
 #include <chrono>
 #include <cstddef>
 #include <cstdint>
@@ -156,6 +157,34 @@ class Ranks {
 };
 
 namespace detail {
+
+/// Of a text the store takes no more than some MB at once.
+inline constexpr std::size_t text_at_once = std::size_t{4} << 20U;
+
+/// The texts of all ranks, however long, on rank 0.
+[[nodiscard]] inline std::vector<std::string> gather_long(Ranks& ranks, const std::string& own) {
+  std::size_t longest = 0;
+  for (const std::string& size : ranks.gather(std::to_string(own.size()))) {
+    longest = std::max<std::size_t>(longest, std::stoull(size));
+  }
+  longest = std::stoull(ranks.from_zero(std::to_string(longest)));
+  std::vector<std::string> all;
+  for (std::size_t done = 0; done < longest; done += text_at_once) {
+    const auto parts = ranks.gather(done < own.size() ? own.substr(done, text_at_once) : "");
+    all.resize(parts.size());
+    for (std::size_t i = 0; i < parts.size(); ++i) all[i] += parts[i];
+  }
+  return all;
+}
+/// Rank 0's text, however long, on all ranks.
+[[nodiscard]] inline std::string from_zero_long(Ranks& ranks, const std::string& own) {
+  const std::size_t size = std::stoull(ranks.from_zero(std::to_string(own.size())));
+  std::string text;
+  while (text.size() < size) {
+    text += ranks.from_zero(ranks.world().is_global_zero() ? own.substr(text.size(), text_at_once) : "");
+  }
+  return text;
+}
 
 /// Throws unless something that differs by rank was saved by as many ranks as there are.
 inline void check_ranks(std::size_t saved, const World& world) {

@@ -16,6 +16,7 @@
 #include "fabric/checkpoint/json.hpp"
 #include "fabric/checkpoint/pickle_reader.hpp"
 #include "fabric/checkpoint/pickle_writer.hpp"
+#include "fabric/checkpoint/stored_tensors.hpp"
 #include "fabric/checkpoint/value.hpp"
 #include "fabric/checkpoint/zip.hpp"
 
@@ -25,6 +26,8 @@ namespace fabric {
 struct CheckpointContents {
   Value state;
   Dict manifest;  ///< Who wrote it and how; empty if it was not this library.
+  /// Where the tensors of `state` are that are not in memory.
+  std::shared_ptr<const StoredTensors> stored{};
 };
 
 namespace detail {
@@ -136,9 +139,10 @@ class TorchArchive {
 struct TorchFile {
   static constexpr std::string_view extension = ".pt";
 
-  /// Throws fabric::Error that names the key of what cannot be written.
-  template <class Sink>
-  static void write(Sink& sink, const Value& state, Dict manifest) {
+  /// Throws fabric::Error that names the key of what cannot be written. `memory_of(storage)` gives each storage when it
+  /// is its turn, as one in the memory of the processor.
+  template <class Sink, class MemoryOf = at::Storage (*)(const at::Storage&)>
+  static void write(Sink& sink, const Value& state, Dict manifest, const MemoryOf& memory_of = detail::on_cpu) {
     const detail::PickleWriter pickle(state);
     detail::ZipWriter<Sink> zip(sink);
     Dict records;
@@ -149,7 +153,7 @@ struct TorchFile {
     add("data.pkl", pickle.pickle().data(), pickle.pickle().size());
     add("byteorder", "little", 6);
     for (std::size_t i = 0; i < pickle.storages().size(); ++i) {
-      const at::Storage storage = detail::on_cpu(pickle.storages()[i]);
+      const at::Storage storage = memory_of(pickle.storages()[i]);
       add("data/" + std::to_string(i), storage.data(), storage.nbytes());
     }
     add("version", "3\n", 2);
