@@ -121,6 +121,15 @@ bool parse(const Value& value, T& result, const std::string& key, LoadPlan& plan
   }
 }
 
+/// Plans the loading of an object by its own `load_state_dict`.
+template <class T>
+void plan_state_dict(T& object, const Value& value, LoadPlan& plan) {
+  plan.load([&object, state = DeepCopy().copy(value)] { object.load_state_dict(state); },
+            [&object] {
+              return [&object, before = DeepCopy().copy(object.state_dict())] { object.load_state_dict(before); };
+            });
+}
+
 /// Plans the loading of any object that a checkpoint can hold.
 template <class T>
 void plan_load(T& object, const Value& value, const std::string& key, LoadPlan& plan) {
@@ -151,11 +160,8 @@ void plan_load(T& object, const Value& value, const std::string& key, LoadPlan& 
         plan.missing(key);
       }
     }
-  } else if constexpr (HasStateDict<T>) {
-    plan.load([&object, state = DeepCopy().copy(plan.whole(value))] { object.load_state_dict(state); },
-              [&object] {
-                return [&object, before = DeepCopy().copy(object.state_dict())] { object.load_state_dict(before); };
-              });
+  } else if constexpr (HasStateDict<T> && !OptimizerArgument<T>) {
+    plan_state_dict(object, plan.whole(value), plan);
   } else if constexpr (WrapsModule<T>) {
     plan_load(object.module(), value, key, plan);
     if constexpr (WrapsShards<T>) plan.change([state = object.state()] { state->changed(); });
@@ -170,11 +176,11 @@ void plan_load(T& object, const Value& value, const std::string& key, LoadPlan& 
     }
   } else if constexpr (OptimizerArgument<T>) {
     auto& optimizer = behind(object);
+    const Value state = OptimizerState(optimizer, plan).read(value);
     if constexpr (HasStateDict<std::remove_cvref_t<decltype(optimizer)>>) {
-      plan_load<std::remove_cvref_t<decltype(optimizer)>>(optimizer, OptimizerState(optimizer, plan).read(value), key,
-                                                          plan);
+      plan_state_dict(optimizer, state, plan);
     } else {
-      plan_optimizer(optimizer, OptimizerState(optimizer, plan).read(value), key, plan);
+      plan_optimizer(optimizer, state, key, plan);
     }
   } else if constexpr (Scheduler<T>) {
     const auto* dict = std::get_if<Dict>(&value.data());

@@ -48,7 +48,7 @@ template <class T>
   } else if constexpr (HasRankedState<T>) {
     if (saving.only_modules) return {};
     return object.state_dict(saving.ranks);
-  } else if constexpr (HasStateDict<T>) {
+  } else if constexpr (HasStateDict<T> && !OptimizerArgument<T>) {
     if (saving.only_modules) return {};
     return object.state_dict();
   } else if constexpr (WrapsModule<T>) {
