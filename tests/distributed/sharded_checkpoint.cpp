@@ -164,6 +164,12 @@ int all_or_none() {
   } catch (const Error& error) {
     say(rank + " did not save: " + error.what());
   }
+  try {
+    fabric.save("/proc/no/x.pt", {{"model", model}});  // rank 0 gathers nothing, and nobody waits for it
+    say(rank + " SAVED");
+  } catch (const Error& error) {
+    say(rank + " cannot write: " + error.what());
+  }
   if (fabric.is_global_zero()) {  // only rank 1 wants these bytes
     const std::string file = path + "/__1_0.distcp";
     std::FILE* opened = std::fopen(file.c_str(), "r+b");
@@ -218,6 +224,57 @@ int mixed() {
   return 0;
 }
 
+/// Checkpoints of one file, and of folders, with the oldest going; and a part of a model.
+int rotating() {
+  at::set_num_threads(1);
+  const tests::DoubleOutputs outputs;
+  Fabric<Cpu, Zero<3>, F64> fabric({.devices = 2});
+  fabric.launch();
+  torch::nn::Linear net(5, 3);
+  auto [model, optimizer] = fabric.setup(net, torch::optim::SGD(net->parameters(), 0.1));
+  std::int64_t step = 0;
+  RandomState random;
+  const State state{{"model", model}, {"optimizer", optimizer}, {"random", random}, {"step", step}};
+  const auto fill = [&, &model = model](double number) {
+    for (const Shard& shard : model.state()->shards()) shard.master.detach().fill_(number);
+    model.state()->changed();
+  };
+  const auto good = [&, &model = model](double number) {
+    bool all = true;
+    for (const Shard& shard : model.state()->shards()) all = all && shard.master.eq(number).all().item<bool>();
+    return all;
+  };
+  const std::string folder = variable("SAVE");
+  const auto rotate = [&](auto& checkpoints, const std::string& name) {
+    for (step = 1; step <= 3; ++step) {
+      fill(static_cast<double>(step));
+      checkpoints.save(step, state);
+      fill(0);
+    }
+    const auto loaded = checkpoints.load_latest(state);
+    checkpoints.close();
+    say("rank " + std::to_string(fabric.global_rank()) + " " + name +
+        (loaded && step == 3 && good(3) ? " is right" : " IS WRONG"));
+  };
+  Checkpoints in_files(fabric, {.folder = folder + "/files", .keep = 2, .asynchronous = true});
+  rotate(in_files, "asynchronous file");
+  Checkpoints<decltype(fabric), DistributedCheckpoint> in_folders(fabric, {.folder = folder + "/folders", .keep = 2});
+  rotate(in_folders, "folder");
+  const Filter only_bias{{"model", [](const std::string& key, const Value&) { return key == "bias"; }}};
+  fabric.save<DistributedCheckpoint>(folder + "/some", state, only_bias);
+  fabric.save(folder + "/some.pt", state, only_bias);
+  fill(0);
+  auto loaded = fabric.load<DistributedCheckpoint>(folder + "/some", {{"model", model}}, /*strict=*/false);
+  const bool folder_right = loaded.missing == std::vector<std::string>{"model.weight"};
+  loaded = fabric.load(folder + "/some.pt", {{"model", model}}, /*strict=*/false);
+  const bool right = folder_right && loaded.missing == std::vector<std::string>{"model.weight"};
+  say("rank " + std::to_string(fabric.global_rank()) + (right ? " part is right" : " part IS WRONG"));
+  fabric.save<SafetensorsFile>(folder + "/all.safetensors", state);
+  fill(0);
+  fabric.load<SafetensorsFile>(folder + "/all.safetensors", state);
+  return 0;
+}
+
 const std::map<std::string, std::function<int()>> jobs{
     {"one", [] { return train<SingleDevice>(); }},
     {"one of torch", [] { return train<SingleDevice, torch::optim::AdamW>(); }},
@@ -235,6 +292,7 @@ const std::map<std::string, std::function<int()>> jobs{
     {"two save forever", save_forever<Zero<3>>},
     {"all or none", all_or_none},
     {"mixed", mixed},
+    {"rotating", rotating},
 };
 
 // ---- The tests ----
@@ -395,7 +453,9 @@ TEST_CASE("[issue-8.7] what one rank cannot save or load, no rank does") {
   INFO(process.output());
   REQUIRE(code == 0);
   for (const std::string rank : {"rank 0", "rank 1"}) {
-    CHECK_THAT(process.output(), ContainsSubstring(rank + " did not save: ") && ContainsSubstring(rank + " unchanged: "));
+    CHECK_THAT(process.output(), ContainsSubstring(rank + " did not save: ") &&
+                                     ContainsSubstring(rank + " cannot write: fabric: cannot make the folder") &&
+                                     ContainsSubstring(rank + " unchanged: "));
   }
   CHECK_THAT(process.output(), ContainsSubstring("'bad' is not a dense tensor") &&
                                    ContainsSubstring("__1_0.distcp ('model.weight') cannot be loaded"));
@@ -412,6 +472,18 @@ TEST_CASE("[issue-8.7] in mixed precision the optimizer's own numbers are saved"
   const Value saved = contents(folder, folder / "c");
   const auto& model = saved.as<Dict>("").at("model").as<Dict>("");
   CHECK(model.at("weight").as<at::Tensor>("").scalar_type() == at::kFloat);
+}
+
+TEST_CASE("[issue-8.7] the newest checkpoints of sharded training stay, in files and in folders; parts are saved, too") {
+  const Folder folder;
+  auto process = job("rotating", {{"SAVE", folder.path}});
+  const int code = process.wait();
+  INFO(process.output());
+  REQUIRE(code == 0);
+  CHECK(tests::count(process.output(), " is right") == 6);
+  CHECK(fs::read_symlink(folder / "files/latest") == "step-0000000003.pt");
+  CHECK(fs::read_symlink(folder / "folders/latest") == "step-0000000003");
+  CHECK_FALSE(fs::exists(folder / "folders/step-0000000001"));
 }
 
 int main(int argc, char** argv) try {

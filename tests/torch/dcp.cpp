@@ -10,7 +10,10 @@
 #include <fstream>
 #include <iterator>
 #include <map>
+#include <memory>
+#include <numeric>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -340,6 +343,53 @@ TEST_CASE("[issue-8.7] a whole training state goes through a folder, and through
   // A part of it, with what is left over but for tensors.
   const auto some = fabric.load<DistributedCheckpoint>(folder / "c", {{"model", net}});
   CHECK(some.rest.as<Dict>("").at("count").as<std::int64_t>("") == 3);
+}
+
+TEST_CASE("[issue-8.7] an optimizer finds the state of its parameters by their names, in whatever order and groups") {
+  const Folder folder;
+  Fabric<Cpu, SingleDevice, F32> fabric;
+  const auto make = [&](bool swapped) {
+    torch::nn::Linear net(3, 2);
+    auto first = std::vector<at::Tensor>{swapped ? net->bias : net->weight};
+    auto second = std::vector<at::Tensor>{swapped ? net->weight : net->bias};
+    const auto options = [](double rate) { return std::make_unique<torch::optim::SGDOptions>(rate); };
+    std::vector<torch::optim::OptimizerParamGroup> groups;
+    groups.emplace_back(first, options(swapped ? 0.2 : 0.1));
+    groups.emplace_back(second, options(swapped ? 0.1 : 0.2));
+    for (auto& group : groups) static_cast<torch::optim::SGDOptions&>(group.options()).momentum(0.9);
+    return std::pair(net, torch::optim::SGD(groups, torch::optim::SGDOptions(0.5).momentum(0.9)));
+  };
+  auto [net, made] = make(false);
+  auto [model, optimizer] = fabric.setup(net, made);
+  fabric.backward(model(torch::ones({1, 3})).sum());
+  optimizer.step();
+  fabric.save<DistributedCheckpoint>(folder / "c", {{"optimizer", optimizer}, {"model", model}});
+  consolidate(folder / "c", folder / "c.pt");
+  for (const bool swapped : {false, true}) {
+    for (const bool one_file : {false, true}) {
+      auto [other, other_made] = make(swapped);
+      auto [other_model, other_optimizer] = fabric.setup(other, other_made);
+      for (auto& group : other_optimizer->param_groups()) group.options().set_lr(7);
+      const State state{{"model", other_model}, {"optimizer", other_optimizer}};
+      one_file ? fabric.load(folder / "c.pt", state) : fabric.load<DistributedCheckpoint>(folder / "c", state);
+      // In groups that are others than they were, the rates stay with the parameters.
+      auto& kept = other_optimizer->state();
+      const auto momentum = [&](const at::Tensor& parameter) {
+        return static_cast<torch::optim::SGDParamState&>(*kept.at(parameter.unsafeGetTensorImpl())).momentum_buffer();
+      };
+      CHECK(momentum(other->weight).equal(torch::ones({2, 3})));
+      CHECK(momentum(other->bias).equal(torch::ones({2})));
+      for (auto& group : other_optimizer->param_groups()) {
+        const bool of_weight = group.params().at(0).is_same(other->weight);
+        CHECK(group.options().get_lr() == (of_weight ? 0.1 : 0.2));
+      }
+    }
+  }
+  // Without the model there are no names; the order must do.
+  auto [other, other_made] = make(false);
+  auto other_optimizer = fabric.setup(other_made);
+  fabric.load<DistributedCheckpoint>(folder / "c", {{"optimizer", other_optimizer}});
+  CHECK(other_optimizer->state().size() == 2);
 }
 
 TEST_CASE("[issue-8.7] a folder is replaced whole, and never one that holds something else") {

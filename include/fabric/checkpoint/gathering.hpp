@@ -12,6 +12,7 @@
 #include <variant>
 #include <vector>
 
+#include <c10/util/accumulate.h>
 #include <torch/torch.h>
 
 #include "fabric/checkpoint/dtypes.hpp"
