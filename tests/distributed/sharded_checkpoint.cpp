@@ -45,7 +45,8 @@ namespace fs = std::filesystem;
 
 // ---- The jobs ----
 
-/// Tied weights, a parameter of three dimensions, one of none, a buffer, and a bias too small for each rank to have some.
+/// Tied weights, a parameter of three dimensions, one of none, a buffer, and a bias too small for each rank to have
+/// some.
 struct NetImpl : torch::nn::Module {
   torch::nn::Linear first{register_module("first", torch::nn::Linear(6, 7))};
   at::Tensor mix = register_parameter("mix", torch::randn({3, 7, 7}));
@@ -283,10 +284,7 @@ const std::map<std::string, std::function<int()>> jobs{
     {"zero 2 of torch", [] { return train<Zero<2>, torch::optim::AdamW>(); }},
     {"zero 3", [] { return train<Zero<3>>(); }},
     {"full", [] { return train<Sharded>(); }},
-    {"hybrid",
-     [] {
-       return train<Sharded>(ShardingOptions{.sharding = Sharding::hybrid, .shard_group_size = 2});
-     }},
+    {"hybrid", [] { return train<Sharded>(ShardingOptions{.sharding = Sharding::hybrid, .shard_group_size = 2}); }},
     {"replicated", [] { return train<Sharded>(ShardingOptions{.sharding = Sharding::none}); }},
     {"one saves forever", save_forever<SingleDevice>},
     {"two save forever", save_forever<Zero<3>>},
@@ -369,7 +367,8 @@ std::int64_t last_saved(const std::string& output) {
   std::int64_t last = 0;
   for (std::size_t at = output.find("saved "); at != std::string::npos; at = output.find("saved ", at + 1)) {
     const std::size_t end = output.find_first_not_of("0123456789", at + 6);
-    if (end != std::string::npos && output[end] == '.') last = std::max<std::int64_t>(last, std::stoll(output.substr(at + 6)));
+    if (end != std::string::npos && output[end] == '.')
+      last = std::max<std::int64_t>(last, std::stoll(output.substr(at + 6)));
   }
   return last;
 }
@@ -410,9 +409,10 @@ TEST_CASE("[issue-8.7] training goes on under other strategies, on 1, 4 and 2 ra
     const char* name;
     int ranks;
     const char* to;
-  } stages[] = {{"one of torch", 1, "a"}, {"zero 3", 4, "b"},          {"ddp", 2, "c"},    {"zero 1", 2, "d.pt"},
-                {"hybrid", 4, "e"},       {"zero 2 of torch", 2, "f"}, {"full", 4, "g.pt"}, {"replicated", 2, "h"},
-                {"zero 3", 2, "i"},       {"one", 1, "j"}};
+  } stages[] = {{"one of torch", 1, "a"}, {"zero 3", 4, "b"},     {"ddp", 2, "c"},
+                {"zero 1", 2, "d.pt"},    {"hybrid", 4, "e"},     {"zero 2 of torch", 2, "f"},
+                {"full", 4, "g.pt"},      {"replicated", 2, "h"}, {"zero 3", 2, "i"},
+                {"one", 1, "j"}};
   std::string from;
   int until = 0;
   for (const auto& stage : stages) {
@@ -474,7 +474,8 @@ TEST_CASE("[issue-8.7] in mixed precision the optimizer's own numbers are saved"
   CHECK(model.at("weight").as<at::Tensor>("").scalar_type() == at::kFloat);
 }
 
-TEST_CASE("[issue-8.7] the newest checkpoints of sharded training stay, in files and in folders; parts are saved, too") {
+TEST_CASE(
+    "[issue-8.7] the newest checkpoints of sharded training stay, in files and in folders; parts are saved, too") {
   const Folder folder;
   auto process = job("rotating", {{"SAVE", folder.path}});
   const int code = process.wait();

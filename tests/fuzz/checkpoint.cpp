@@ -2,7 +2,8 @@
 // torch
 //
 // One byte: what the rest is. A whole file of torch.save or safetensors, a pickle in a sound archive (so that the
-// fuzzer need not find checksums), JSON, or the .metadata of a folder. Whatever it is, it is read or refused, in little memory and time.
+// fuzzer need not find checksums), JSON, or the .metadata of a folder. Whatever it is, it is read or refused, in little
+// memory and time.
 #include <cstdint>
 #include <memory>
 #include <string>

@@ -149,8 +149,8 @@ TEST_CASE("[issue-8.7] .metadata comes back as it was written") {
   StoredEntry value{"optimizer.param_groups.0.lr", {"optimizer", "param_groups", std::int64_t{0}, "lr"}, {}, {}, {}};
   value.items.push_back({{}, "__0_0.distcp", 5'000'000'000, 70000});
   const std::vector<StoredEntry> entries{entry_of("w", {4, 3}, {{{0, 0}, {2, 3}}, {{2, 0}, {2, 3}}}),
-                                         entry_of("scalar", {}, {{{}, {}}}), entry_of("nothing", {0, 2}, {{{0, 0}, {0, 2}}}),
-                                         value};
+                                         entry_of("scalar", {}, {{{}, {}}}),
+                                         entry_of("nothing", {0, 2}, {{{0, 0}, {0, 2}}}), value};
   const auto read = reread(entries);
   REQUIRE(read.size() == entries.size());
   for (std::size_t i = 0; i < read.size(); ++i) {
@@ -184,19 +184,24 @@ TEST_CASE("[issue-8.7] a .metadata that contradicts itself is refused by the key
   CHECK_THAT(refusal(entry_of("w", {4}, {{{2}, {4}}})), ContainsSubstring("does not lie inside"));
   CHECK_THAT(refusal(entry_of("w", {4}, {{{-1}, {4}}})), ContainsSubstring("negative"));
   CHECK_THAT(refusal(entry_of("w", {4}, {{{0, 0}, {4, 1}}})), ContainsSubstring("does not lie inside"));
-  CHECK_THAT(refusal(entry_of("w", {std::int64_t{1} << 40, std::int64_t{1} << 40}, {})), ContainsSubstring("more elements"));
+  CHECK_THAT(refusal(entry_of("w", {std::int64_t{1} << 40, std::int64_t{1} << 40}, {})),
+             ContainsSubstring("more elements"));
   auto entry = entry_of("w", {4}, {{{0}, {4}}});
   entry.items[0].length = 15;
   CHECK_THAT(refusal(entry), ContainsSubstring("more elements than bytes"));
   for (const char* file : {"../x.distcp", "/etc/passwd", "a/b.distcp", "..", ""}) {
     entry.items[0].file = file;
-    CHECK_THAT(refusal(entry), ContainsSubstring("which is no file of this folder") || ContainsSubstring("does not say"));
+    CHECK_THAT(refusal(entry),
+               ContainsSubstring("which is no file of this folder") || ContainsSubstring("does not say"));
   }
 }
 
 TEST_CASE("[issue-8.7] an object of an unknown class in .metadata is refused by its name, and nothing is run") {
   // Python: pickle.dumps of an object whose __reduce__ is (os.system, ("true",)), protocol 2.
-  const std::string pickle("\x80\x02" "cposix\nsystem\nX\x04\x00\x00\x00true\x85R.", 33 - 4);
+  const std::string pickle(
+      "\x80\x02"
+      "cposix\nsystem\nX\x04\x00\x00\x00true\x85R.",
+      33 - 4);
   try {
     (void)DistributedMetadataReader::read(pickle, "the file");
     FAIL("it was read");
@@ -281,7 +286,8 @@ TEST_CASE("[issue-8.7] a whole training state goes through a folder, and through
   const Folder folder;
   Fabric<Cpu, SingleDevice, F32> fabric;
   torch::nn::Sequential net(torch::nn::Linear(3, 4), torch::nn::BatchNorm1d(4), torch::nn::Linear(4, 2));
-  auto [model, optimizer] = fabric.setup(net, fabric::optim::AdamW(net->parameters(), torch::optim::AdamWOptions(0.01)));
+  auto [model, optimizer] =
+      fabric.setup(net, fabric::optim::AdamW(net->parameters(), torch::optim::AdamWOptions(0.01)));
   const auto step = [&, &model = model, &optimizer = optimizer] {
     optimizer.zero_grad();
     fabric.backward(model(torch::randn({5, 3})).pow(2).sum());
@@ -295,9 +301,9 @@ TEST_CASE("[issue-8.7] a whole training state goes through a folder, and through
   at::Tensor undefined;
   std::tuple<int, std::string> pair{4, "four"};
   std::vector<at::Tensor> list{torch::zeros({2}), torch::ones({3})};
-  const State state{{"model", model}, {"optimizer", optimizer}, {"random", random}, {"count", count},
-                    {"numbers", by_number}, {"none", none}, {"tensor", tensor}, {"undefined", undefined},
-                    {"pair", pair}, {"list", list}};
+  const State state{
+      {"model", model}, {"optimizer", optimizer}, {"random", random},       {"count", count}, {"numbers", by_number},
+      {"none", none},   {"tensor", tensor},       {"undefined", undefined}, {"pair", pair},   {"list", list}};
   step();
   fabric.save<DistributedCheckpoint>(folder / "c", state);
   const auto weights = net->parameters()[0].clone();
@@ -420,7 +426,8 @@ TEST_CASE("[issue-8.7] a folder is replaced whole, and never one that holds some
                     ContainsSubstring("it has notes.txt, which is no part of a checkpoint"));
   CHECK(fs::exists(folder / "c/notes.txt"));
   write_bytes(folder / "file", "x");
-  CHECK_THROWS_WITH(fabric.save<DistributedCheckpoint>(folder / "file", {{"x", x}}), ContainsSubstring("a file has that"));
+  CHECK_THROWS_WITH(fabric.save<DistributedCheckpoint>(folder / "file", {{"x", x}}),
+                    ContainsSubstring("a file has that"));
 }
 
 TEST_CASE("[issue-8.7] the newest folders stay, with latest") {
@@ -441,9 +448,21 @@ TEST_CASE("[issue-8.7] the newest folders stay, with latest") {
   CHECK_FALSE(fs::exists(folder / "run/step-0000000002"));
   REQUIRE(checkpoints.load_latest(state).has_value());
   CHECK((step == 4 && x[0].item<float>() == 4));
-  fs::resize_file(folder / "run/step-0000000004/__0_0.distcp", 100);
-  const auto loaded = checkpoints.load_latest(state);
-  REQUIRE(loaded.has_value());
-  CHECK(loaded->damaged.size() == 1);
-  CHECK((step == 3 && x[0].item<float>() == 3));
+  const std::string file = folder / "run/step-0000000004/__0_0.distcp";
+  const std::string bytes = bytes_of(file);
+  std::string damaged = bytes;  // in the middle of the last item, the tensor
+  const std::size_t place = bytes.rfind(std::string("\x00\x00\x80\x40\x00\x00\x80\x40", 8));
+  REQUIRE(place != std::string::npos);
+  damaged[place] = 1;
+  for (const std::string& text : {bytes.substr(0, 100), damaged}) {
+    write_bytes(file, text);
+    const auto loaded = checkpoints.load_latest(state);
+    REQUIRE(loaded.has_value());
+    CHECK(loaded->damaged.size() == 1);
+    CHECK((step == 3 && x[0].item<float>() == 3));
+    step = 0;
+  }
+  fs::remove_all(folder / "run/step-0000000003");
+  CHECK_THROWS_WITH(checkpoints.load_latest(state),
+                    ContainsSubstring("no checkpoint in") && ContainsSubstring("is whole"));
 }

@@ -110,9 +110,8 @@ inline void add_boxes(at::IntArrayRef sizes, std::size_t dimension, Box& box, st
             [along](const Box* a, const Box* b) { return a->offsets[along] < b->offsets[along]; });
   std::vector<const Box*> open;
   for (const Box* box : sorted) {
-    std::erase_if(open, [&](const Box* other) {
-      return other->offsets[along] + other->sizes[along] <= box->offsets[along];
-    });
+    std::erase_if(open,
+                  [&](const Box* other) { return other->offsets[along] + other->sizes[along] <= box->offsets[along]; });
     for (const Box* other : open) {
       if (intersection(*box, *other)) return true;
     }

@@ -144,8 +144,9 @@ class Checkpoints {
     Ranks ranks(fabric_.world(), "opening the checkpoints in " + options_.folder, options_.patience);
     ranks.agree(detail::problem_of([&] {
       if (detail::Checkpointing<Io>::is_folder && options_.asynchronous) {
-        throw Error("fabric: checkpoints: a DistributedCheckpoint is not written in the background: set asynchronous "
-                    "= false, or use TorchFile");
+        throw Error(
+            "fabric: checkpoints: a DistributedCheckpoint is not written in the background: set asynchronous "
+            "= false, or use TorchFile");
       }
       if (options_.keep == 0) throw Error("fabric: checkpoints: keep is 0; one or more is legal");
       if (fabric_.is_global_zero()) folder_.open();
@@ -207,17 +208,25 @@ class Checkpoints {
     ranks.agree();
     finish(ranks);
     std::vector<std::string> damaged;
-    std::string chosen;
-    std::optional<CheckpointContents> read;
-    const auto problem = detail::problem_of([&] {
-      if (fabric_.is_global_zero()) choose(damaged, chosen, read);
-    });
-    ranks.agree(problem, detail::reading_time);
-    chosen = ranks.from_zero(chosen);
-    if (chosen.empty()) return std::nullopt;
-    Loaded loaded = detail::Checkpointing<Io>::load(ranks, folder_.path_of(chosen), std::move(read), state, strict);
-    loaded.damaged = std::move(damaged);
-    return loaded;
+    std::vector<std::string> refused;  // names of those that turned out to be damaged while they were loaded
+    for (;;) {
+      std::string chosen;
+      std::optional<CheckpointContents> read;
+      const auto problem = detail::problem_of([&] {
+        if (fabric_.is_global_zero()) choose(refused, damaged, chosen, read);
+      });
+      ranks.agree(problem, detail::reading_time);
+      chosen = ranks.from_zero(chosen);
+      if (chosen.empty()) return std::nullopt;
+      try {
+        Loaded loaded = detail::Checkpointing<Io>::load(ranks, folder_.path_of(chosen), std::move(read), state, strict);
+        loaded.damaged = std::move(damaged);
+        return loaded;
+      } catch (const DamagedCheckpoint& error) {  // on all ranks
+        damaged.emplace_back(error.what());
+        refused.push_back(chosen);
+      }
+    }
   }
 
   /// Waits for a write in the background and throws fabric::Error if it failed.
@@ -238,8 +247,10 @@ class Checkpoints {
     ranks.agree(std::exchange(failed_, nullptr), detail::reading_time);
   }
 
-  void choose(std::vector<std::string>& damaged, std::string& chosen, std::optional<CheckpointContents>& read) const {
+  void choose(std::vector<std::string>& refused, std::vector<std::string>& damaged, std::string& chosen,
+              std::optional<CheckpointContents>& read) const {
     for (const std::string& name : folder_.candidates()) {
+      if (std::find(refused.begin(), refused.end(), name) != refused.end()) continue;
       try {
         const std::string path = folder_.path_of(name);
         read = detail::Checkpointing<Io>::read_from(path);
@@ -247,6 +258,7 @@ class Checkpoints {
         break;
       } catch (const DamagedCheckpoint& error) {
         damaged.emplace_back(error.what());
+        refused.push_back(name);
       }
     }
     if (const std::string linked = folder_.latest(); !linked.empty() && linked != chosen && damaged.empty()) {

@@ -89,9 +89,7 @@ void each_leaf(const Value& value, StoredEntry::Path& path, const std::string& k
 /// The tensors of a distributed checkpoint.
 class StoredOnDisk : public StoredTensors {
  public:
-  explicit StoredOnDisk(const std::string& folder) : reader_(folder) {
-    stand_ins_.reserve(reader_.entries().size());
-  }
+  explicit StoredOnDisk(const std::string& folder) : reader_(folder) { stand_ins_.reserve(reader_.entries().size()); }
 
   [[nodiscard]] const DistributedReader& reader() const { return reader_; }
 
@@ -132,11 +130,11 @@ class StoredOnDisk : public StoredTensors {
 
 }  // namespace detail
 
-/// The folders of Python's `torch.distributed.checkpoint`, in which each rank writes and reads its own parts: the format
-/// for models that are sharded. `fabric.save<DistributedCheckpoint>("run/step-100", state)`. Python loads them with
-/// `dcp.load` into `{"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model, optimizer)}`
-/// under the same names, and turns them into one file with `dcp_to_torch_save`; what its `dcp.save` wrote of such a dict
-/// is loaded here. The number of ranks and the strategy may be others than when it was saved.
+/// The folders of Python's `torch.distributed.checkpoint`, in which each rank writes and reads its own parts: the
+/// format for models that are sharded. `fabric.save<DistributedCheckpoint>("run/step-100", state)`. Python loads them
+/// with `dcp.load` into `{"model": get_model_state_dict(model), "optimizer": get_optimizer_state_dict(model,
+/// optimizer)}` under the same names, and turns them into one file with `dcp_to_torch_save`; what its `dcp.save` wrote
+/// of such a dict is loaded here. The number of ranks and the strategy may be others than when it was saved.
 struct DistributedCheckpoint {
   static constexpr std::string_view extension = "";
   /// An optimizer's parameters are called as in their modules.

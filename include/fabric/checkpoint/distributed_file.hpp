@@ -72,9 +72,7 @@ class DistributedFile {
 
   [[nodiscard]] const std::vector<StoredEntry>& entries() const { return entries_; }
   /// For the manifest: the file's size, and the checksums of large items by their places.
-  [[nodiscard]] Dict facts() const {
-    return {{"size", file_.position()}, {"items", steps_}};
-  }
+  [[nodiscard]] Dict facts() const { return {{"size", file_.position()}, {"items", steps_}}; }
   [[nodiscard]] const std::string& name() const { return name_; }
 
  private:

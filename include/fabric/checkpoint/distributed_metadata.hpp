@@ -21,8 +21,8 @@
 #include "fabric/checkpoint/pickle_writer.hpp"
 #include "fabric/checkpoint/value.hpp"
 
-/// The file `.metadata` of `torch.distributed.checkpoint`: a pickled object that says which parts of which tensors stand
-/// where in the files of the ranks.
+/// The file `.metadata` of `torch.distributed.checkpoint`: a pickled object that says which parts of which tensors
+/// stand where in the files of the ranks.
 namespace fabric::detail {
 
 /// What stands in a file: a part of a tensor, or a value that is no tensor.
@@ -215,9 +215,7 @@ class DistributedMetadataReader {
   /// they need not cover their tensors.
   static std::vector<StoredEntry> read(std::string_view pickle, const std::string& path,
                                        std::string_view* rest = nullptr, bool some = false) {
-    const auto no_storages = [&path](const std::string&) -> at::Storage {
-      Refuse{path}("it has a tensor in it");
-    };
+    const auto no_storages = [&path](const std::string&) -> at::Storage { Refuse{path}("it has a tensor in it"); };
     PickleReader reader(pickle, path, no_storages, dcp::classes);
     const Value root = reader.read();
     if (rest != nullptr) *rest = reader.rest();

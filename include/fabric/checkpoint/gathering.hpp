@@ -26,12 +26,12 @@
 
 namespace fabric::detail {
 
-/// Brings tensors that are spread over the ranks to rank 0, one after the other, for a file that rank 0 writes. No other
-/// rank ever has more than its own parts.
+/// Brings tensors that are spread over the ranks to rank 0, one after the other, for a file that rank 0 writes. No
+/// other rank ever has more than its own parts.
 class Gathering {
  public:
-  /// All ranks make it, each with its tree. On rank 0 `value` gets what is kept on others alone: of a small parameter an
-  /// optimizer there may keep nothing. Throws fabric::Error on all ranks if the parts are no wholes.
+  /// All ranks make it, each with its tree. On rank 0 `value` gets what is kept on others alone: of a small parameter
+  /// an optimizer there may keep nothing. Throws fabric::Error on all ranks if the parts are no wholes.
   Gathering(Value& value, const Spread& spread, Ranks& ranks) : spread_(spread), world_(ranks.world()) {
     List path;
     find(value, path);

@@ -89,8 +89,7 @@ bool parse(const Value& value, T& result, const std::string& key, LoadPlan& plan
         plan.problem("'" + inner_key(key, to_text(own)) + "' has a key of another kind than here");
         good = false;
       } else {
-        good =
-            parse(inner, result[*saved], inner_key(key, to_text(own)), plan) && good;
+        good = parse(inner, result[*saved], inner_key(key, to_text(own)), plan) && good;
       }
     }
     return good;

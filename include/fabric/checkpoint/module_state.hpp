@@ -40,8 +40,9 @@ void for_each_entry(const torch::nn::Module& module, const std::string& prefix, 
     }
     if (tensor.is_meta()) refuse_to_write(inner_key(name, key), "has no memory yet: it is on the meta device");
     if (tensor.numel() > 0 && tensor.has_storage() && tensor.storage().nbytes() == 0) {
-      refuse_to_write(inner_key(name, key), "has no memory, because its module is sharded: save the model that `setup` "
-                                            "returned, not the module that was given to it");
+      refuse_to_write(inner_key(name, key),
+                      "has no memory, because its module is sharded: save the model that `setup` "
+                      "returned, not the module that was given to it");
     }
     state[key] = tensor.detach();
   });

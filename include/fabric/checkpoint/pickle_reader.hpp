@@ -333,7 +333,8 @@ class PickleReader {
 
   Node* call(const Node& function, const std::vector<Node*>& arguments) {
     const std::string& name = function.text();
-    if (is_class(name)) return make(Kind::object, std::vector<Node*>{make(Kind::text, name), make(Kind::tuple, arguments)});
+    if (is_class(name))
+      return make(Kind::object, std::vector<Node*>{make(Kind::text, name), make(Kind::tuple, arguments)});
     if (name == "collections.OrderedDict" || name == "collections.Counter") return make_dict(arguments);
     if (name == "torch.Size") {
       return make(Kind::tuple, arguments.empty() ? std::vector<Node*>{} : copy(required(arguments, 0, Kind::tuple)));

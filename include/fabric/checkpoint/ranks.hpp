@@ -13,6 +13,7 @@
 #include <torch/csrc/distributed/c10d/Store.hpp>
 #include <torch/torch.h>
 
+#include "fabric/checkpoint/file.hpp"
 #include "fabric/comm/world.hpp"
 #include "fabric/error.hpp"
 
@@ -34,7 +35,8 @@ class Ranks {
   [[nodiscard]] const World& world() const { return world_; }
 
   /// Waits for all ranks and throws fabric::Error on all of them if one has a problem, or does something else, or does
-  /// not come in time. In a world of one it throws the problem as it is.
+  /// not come in time; DamagedCheckpoint if that is the first problem. In a world of one it throws the problem as it
+  /// is.
   void agree(const std::exception_ptr& problem = nullptr) { agree(problem, patience_); }
   void agree(const std::exception_ptr& problem, std::chrono::milliseconds patience) {
     if (!store_) {
@@ -42,23 +44,26 @@ class Ranks {
       return;
     }
     const auto answers = gather(what_ + '\n' + text_of(problem), patience);
-    std::string verdict;
+    std::string verdict;  // begins with the mark of damage, if it is that
     for (std::size_t rank = 0; rank < answers.size(); ++rank) {
       const std::size_t end = answers[rank].find('\n');
       const std::string doing = answers[rank].substr(0, end);
-      const std::string failed = answers[rank].substr(end + 1);
+      std::string failed = answers[rank].substr(end + 1);
       if (doing != what_) {
         verdict = "fabric: rank 0 is in " + what_ + ", and rank " + std::to_string(rank) + " in " + doing +
                   ": all ranks must do the same";
         break;
       }
       if (!failed.empty() && verdict.empty()) {
-        verdict = rank == 0 ? failed : "rank " + std::to_string(rank) + ": " + failed;
+        const std::size_t text = failed[0] == damage ? 1 : 0;
+        if (rank > 0) failed.insert(text, "rank " + std::to_string(rank) + ": ");
+        verdict = std::move(failed);
       }
     }
     verdict = from_zero(verdict, patience);
     if (verdict.empty()) return;
     if (problem && text_of(problem) == verdict) std::rethrow_exception(problem);
+    if (verdict[0] == damage) throw DamagedCheckpoint(verdict.substr(1));
     throw Error(verdict);
   }
 
@@ -69,10 +74,14 @@ class Ranks {
   std::string from_zero(const std::string& own) { return from_zero(own, patience_); }
 
  private:
+  static constexpr char damage = '\x01';  // in front of what a DamagedCheckpoint says
+
   static std::string text_of(const std::exception_ptr& problem) {
     if (!problem) return "";
     try {
       std::rethrow_exception(problem);
+    } catch (const DamagedCheckpoint& error) {
+      return damage + std::string(error.what());
     } catch (const std::exception& error) {
       return error.what();
     } catch (...) {

@@ -31,7 +31,7 @@ class ReplacedFolder {
   [[nodiscard]] std::string existing(const std::string& needed) const {
     const std::string old = beside(".old");
     return access((path_ + "/" + needed).c_str(), F_OK) != 0 && access((old + "/" + needed).c_str(), F_OK) == 0 ? old
-                                                                                                              : path_;
+                                                                                                                : path_;
   }
 
   /// Makes an empty temporary folder. `belongs(name)` says whether a file is one that may be replaced: throws

@@ -43,8 +43,8 @@ concept CheckpointIo = requires(detail::MemoryFile& sink, const Value& state, co
 /// A format of folders that all ranks write and read together: `save(path, state, spread, manifest, ranks)` on all of
 /// them, `open(path)` gives a tree whose tensors are still on the disk. `DistributedCheckpoint` is one.
 template <class Io>
-concept CheckpointFolderIo =
-    requires(const std::string& path, const Value& state, const Spread& spread, const Dict& manifest, Ranks& ranks) {
+concept CheckpointFolderIo = requires(const std::string& path, const Value& state, const Spread& spread,
+                                      const Dict& manifest, Ranks& ranks) {
   Io::save(path, state, spread, manifest, ranks);
   { Io::open(path) } -> std::same_as<CheckpointContents>;
 };

@@ -66,7 +66,8 @@ class Spread {
   template <class Wrapper>
   void add_state(const Wrapper& state, const std::string& key) {
     bool writes = true;
-    if constexpr (requires { state.groups().replicate.global_rank; }) writes = state.groups().replicate.global_rank == 0;
+    if constexpr (requires { state.groups().replicate.global_rank; })
+      writes = state.groups().replicate.global_rank == 0;
     add_shards(state.shards(), key, writes);
   }
 
@@ -119,7 +120,7 @@ class Spread {
 struct Saving {
   Ranks& ranks;
   Spread& spread;
-  bool by_name = false;       ///< An optimizer's parameters have the names that they have in their modules, not numbers.
+  bool by_name = false;  ///< An optimizer's parameters have the names that they have in their modules, not numbers.
   bool only_modules = false;  ///< Nothing is saved yet: modules tell `spread` about themselves.
 };
 

@@ -58,7 +58,7 @@ namespace fabric::detail {
   std::int64_t number = 0;
   const auto [end, error] = std::from_chars(text.data(), text.data() + text.size(), number);
   return error == std::errc() && end == text.data() + text.size() && !text.empty() ? std::optional(number)
-                                                                                  : std::nullopt;
+                                                                                   : std::nullopt;
 }
 
 // ---- Saving ----
@@ -95,8 +95,8 @@ inline void spread_state(Dict& state, const Spread::Parameter& parameter, const 
   if (states == nullptr || groups == nullptr) return value;  // a layout of its own
   const std::vector<at::Tensor> parameters = numbered_parameters(optimizer);
   const std::vector<std::string> names = names_of(parameters, saving.spread);
-  const bool by_name = saving.by_name && std::none_of(names.begin(), names.end(),
-                                                      [](const std::string& name) { return name.empty(); });
+  const bool by_name =
+      saving.by_name && std::none_of(names.begin(), names.end(), [](const std::string& name) { return name.empty(); });
   Dict named;
   for (auto& [number_key, state] : *states) {
     const auto number = number_in(number_key);

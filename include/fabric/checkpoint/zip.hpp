@@ -41,7 +41,7 @@ inline constexpr std::size_t end_size = 22;
 inline constexpr std::size_t end64_size = 56;
 inline constexpr std::size_t locator_size = 20;
 inline constexpr std::size_t step = std::size_t{1} << 20U;  // so much stays in the cache between checksum and write
-inline constexpr std::uint32_t see_zip64 = 0xFFFFFFFF;  // the number stands in an extra field of 64 bits
+inline constexpr std::uint32_t see_zip64 = 0xFFFFFFFF;      // the number stands in an extra field of 64 bits
 }  // namespace zip
 
 /// One record of an archive.
