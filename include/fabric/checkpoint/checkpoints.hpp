@@ -8,10 +8,12 @@
 #include <cstdint>
 #include <cstdio>
 #include <exception>
+#include <filesystem>
 #include <memory>
 #include <optional>
 #include <string>
 #include <string_view>
+#include <system_error>
 #include <thread>
 #include <utility>
 #include <vector>
@@ -60,7 +62,7 @@ class CheckpointFolder {
   void open() const {
     make_folder(folder_);
     for (const std::string& name : names()) {
-      if (name.starts_with(".") && name.ends_with(".tmp")) unlink(path_of(name).c_str());
+      if (name.starts_with(".") && name.ends_with(".tmp")) remove(name);
     }
   }
 
@@ -81,7 +83,7 @@ class CheckpointFolder {
     }
     std::sort(by_age.begin(), by_age.end());
     for (std::size_t i = std::max<std::size_t>(keep_, 1) - 1; i < by_age.size(); ++i) {
-      unlink(path_of(by_age[i].second).c_str());
+      remove(by_age[i].second);
     }
   }
 
@@ -106,9 +108,16 @@ class CheckpointFolder {
   }
   [[nodiscard]] std::vector<std::string> checkpoints() const {
     std::vector<std::string> found = names();
-    std::erase_if(
-        found, [this](const std::string& name) { return !name.starts_with("step-") || !name.ends_with(extension_); });
+    std::erase_if(found, [this](const std::string& name) {
+      // Folders have no extension; files of another format beside them have one.
+      const bool other = extension_.empty() && name.find('.') != std::string::npos;
+      return !name.starts_with("step-") || !name.ends_with(extension_) || other;
+    });
     return found;
+  }
+  void remove(const std::string& name) const {
+    std::error_code error;
+    std::filesystem::remove_all(path_of(name), error);
   }
 
   std::string folder_;
@@ -126,7 +135,7 @@ class CheckpointFolder {
 ///     checkpoints.load_latest(state);
 ///     ...
 ///     checkpoints.save(step, state);
-template <class F, CheckpointIo Io = TorchFile>
+template <class F, class Io = TorchFile>
 class Checkpoints {
  public:
   /// Makes the folder. Throws fabric::Error if that is not possible. `fabric` must outlive this object.
@@ -134,6 +143,11 @@ class Checkpoints {
       : fabric_(fabric), options_(std::move(options)), folder_(options_.folder, Io::extension, options_.keep) {
     Ranks ranks(fabric_.world(), "opening the checkpoints in " + options_.folder, options_.patience);
     ranks.agree(detail::problem_of([&] {
+      if (detail::Checkpointing<Io>::is_folder && options_.asynchronous) {
+        throw Error(
+            "fabric: checkpoints: a DistributedCheckpoint is not written in the background: set asynchronous "
+            "= false, or use TorchFile");
+      }
       if (options_.keep == 0) throw Error("fabric: checkpoints: keep is 0; one or more is legal");
       if (fabric_.is_global_zero()) folder_.open();
     }));
@@ -159,24 +173,30 @@ class Checkpoints {
     Ranks ranks(fabric_.world(), "save of step " + std::to_string(step) + " in " + options_.folder, options_.patience);
     ranks.agree();
     finish(ranks);
-    Value value = detail::Checkpointing<Io>::collect(state, filter, ranks);
+    Spread spread;
+    Value value = detail::Checkpointing<Io>::collect(state, filter, ranks, spread);
     const Dict manifest = detail::Checkpointing<Io>::manifest(fabric_);
-    const auto write = [this, manifest, name = folder_.name_of(step)](const Value& what) {
-      detail::write_file<Io>(folder_.path_of(name), what, manifest);
-      folder_.publish(name);
-    };
-    std::exception_ptr problem;
-    if (fabric_.is_global_zero()) {
-      problem = detail::problem_of([&] {
-        if (!options_.asynchronous) return write(value);
-        auto snapshot = std::make_shared<Value>(detail::DeepCopy().copy(value));
+    const std::string name = folder_.name_of(step);
+    if constexpr (detail::Checkpointing<Io>::is_folder) {
+      Io::save(folder_.path_of(name), value, spread, manifest, ranks);
+      ranks.agree(detail::problem_of([&] {
+                    if (fabric_.is_global_zero()) folder_.publish(name);
+                  }),
+                  detail::reading_time);
+    } else {
+      const auto write = [this, manifest, name](const Value& what, const auto&... memory_of) {
+        detail::write_file<Io>(folder_.path_of(name), what, manifest, memory_of...);
+        folder_.publish(name);
+      };
+      if (!options_.asynchronous) return detail::Checkpointing<Io>::write_whole(value, spread, ranks, write);
+      detail::Checkpointing<Io>::write_whole(value, spread, ranks, [&](const Value& whole) {
+        auto snapshot = std::make_shared<Value>(detail::DeepCopy().copy(whole));
         writer_ = std::thread([this, write, snapshot]() mutable {
           failed_ = detail::problem_of([&] { write(*snapshot); });
           snapshot.reset();
         });
       });
     }
-    ranks.agree(problem, detail::reading_time);
   }
 
   /// Loads the newest checkpoint that is whole: the one that `latest` means, or if that is damaged or lost the one
@@ -188,17 +208,25 @@ class Checkpoints {
     ranks.agree();
     finish(ranks);
     std::vector<std::string> damaged;
-    std::string chosen;
-    std::optional<CheckpointContents> read;
-    const auto problem = detail::problem_of([&] {
-      if (fabric_.is_global_zero()) choose(damaged, chosen, read);
-    });
-    ranks.agree(problem, detail::reading_time);
-    chosen = ranks.from_zero(chosen);
-    if (chosen.empty()) return std::nullopt;
-    Loaded loaded = detail::Checkpointing<Io>::load(ranks, folder_.path_of(chosen), std::move(read), state, strict);
-    loaded.damaged = std::move(damaged);
-    return loaded;
+    std::vector<std::string> refused;  // names of those that turned out to be damaged while they were loaded
+    for (;;) {
+      std::string chosen;
+      std::optional<CheckpointContents> read;
+      const auto problem = detail::problem_of([&] {
+        if (fabric_.is_global_zero()) choose(refused, damaged, chosen, read);
+      });
+      ranks.agree(problem, detail::reading_time);
+      chosen = ranks.from_zero(chosen);
+      if (chosen.empty()) return std::nullopt;
+      try {
+        Loaded loaded = detail::Checkpointing<Io>::load(ranks, folder_.path_of(chosen), std::move(read), state, strict);
+        loaded.damaged = std::move(damaged);
+        return loaded;
+      } catch (const DamagedCheckpoint& error) {  // on all ranks
+        damaged.emplace_back(error.what());
+        refused.push_back(chosen);
+      }
+    }
   }
 
   /// Waits for a write in the background and throws fabric::Error if it failed.
@@ -219,15 +247,18 @@ class Checkpoints {
     ranks.agree(std::exchange(failed_, nullptr), detail::reading_time);
   }
 
-  void choose(std::vector<std::string>& damaged, std::string& chosen, std::optional<CheckpointContents>& read) const {
+  void choose(std::vector<std::string>& refused, std::vector<std::string>& damaged, std::string& chosen,
+              std::optional<CheckpointContents>& read) const {
     for (const std::string& name : folder_.candidates()) {
+      if (std::find(refused.begin(), refused.end(), name) != refused.end()) continue;
       try {
         const std::string path = folder_.path_of(name);
-        read = Io::read(detail::map_file(path), path);
+        read = detail::Checkpointing<Io>::read_from(path);
         chosen = name;
         break;
       } catch (const DamagedCheckpoint& error) {
         damaged.emplace_back(error.what());
+        refused.push_back(name);
       }
     }
     if (const std::string linked = folder_.latest(); !linked.empty() && linked != chosen && damaged.empty()) {

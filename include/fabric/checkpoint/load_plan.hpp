@@ -2,8 +2,10 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 #include <exception>
 #include <functional>
+#include <memory>
 #include <sstream>
 #include <string>
 #include <unordered_map>
@@ -13,6 +15,9 @@
 
 #include <torch/torch.h>
 
+#include "fabric/checkpoint/boxes.hpp"
+#include "fabric/checkpoint/spread.hpp"
+#include "fabric/checkpoint/stored_tensors.hpp"
 #include "fabric/checkpoint/value.hpp"
 #include "fabric/comm/world.hpp"
 #include "fabric/error.hpp"
@@ -27,6 +32,73 @@ class LoadPlan {
 
   [[nodiscard]] const World& world() const { return world_; }
   [[nodiscard]] bool strict() const { return strict_; }
+
+  /// What is known about the program's tensors.
+  [[nodiscard]] Spread& spread() { return spread_; }
+  /// Where the checkpoint's tensors are that are not in memory.
+  void set_stored(std::shared_ptr<const StoredTensors> stored) { stored_ = std::move(stored); }
+
+  /// `target` will be `source`, which has its sizes. Throws DamagedCheckpoint if that cannot be read.
+  void fill(const at::Tensor& target, const at::Tensor& source) {
+    if (!is_stored(source)) {
+      return change([target, source]() mutable { target.copy_(source); });
+    }
+    const Box all = Box::whole(source.sizes());
+    stored_->check(source, all);
+    change([stored = stored_, target, source, all] { stored->read(source, all, target); });
+  }
+  /// `target` will be as many elements of `source`, in row-major order, as it has, from number `begin` on.
+  void fill_range(const at::Tensor& target, const at::Tensor& source, std::int64_t begin) {
+    std::int64_t done = 0;
+    for (const Box& box : boxes_of_range(source.sizes(), begin, begin + target.numel())) {
+      const at::Tensor part = target.narrow(0, done, box.numel()).view(box.sizes);
+      done += box.numel();
+      if (is_stored(source)) {
+        stored_->check(source, box);
+        change([stored = stored_, part, source, box] { stored->read(source, box, part); });
+      } else {
+        change([part, source, box] { part.copy_(part_of(source, Box::whole(source.sizes()), box)); });
+      }
+    }
+  }
+  /// The same as a tensor of its own, now.
+  [[nodiscard]] at::Tensor range_of(const at::Tensor& source, std::int64_t begin, std::int64_t end) const {
+    at::Tensor range = at::empty({end - begin}, source.options().device(at::kCPU));
+    std::int64_t done = 0;
+    for (const Box& box : boxes_of_range(source.sizes(), begin, end)) {
+      const at::Tensor part = range.narrow(0, done, box.numel()).view(box.sizes);
+      done += box.numel();
+      if (is_stored(source)) {
+        stored_->check(source, box);
+        stored_->read(source, box, part);
+      } else {
+        part.copy_(part_of(source, Box::whole(source.sizes()), box));
+      }
+    }
+    return range;
+  }
+  /// A value with all its tensors in memory.
+  [[nodiscard]] Value whole(const Value& value) const {
+    if (!stored_) return value;
+    if (const auto* tensor = std::get_if<at::Tensor>(&value.data()); tensor != nullptr && is_stored(*tensor)) {
+      const Box all = Box::whole(tensor->sizes());
+      at::Tensor read = at::empty(tensor->sizes(), tensor->options().device(at::kCPU));
+      stored_->check(*tensor, all);
+      stored_->read(*tensor, all, read);
+      return read;
+    }
+    if (const auto* list = std::get_if<List>(&value.data())) {
+      List read{{}, list->is_tuple};
+      for (const Value& item : list->items) read.items.push_back(whole(item));
+      return read;
+    }
+    if (const auto* dict = std::get_if<Dict>(&value.data())) {
+      Dict read;
+      for (const auto& [key, inner] : *dict) read[key] = whole(inner);
+      return read;
+    }
+    return value;
+  }
 
   /// The checkpoint cannot be loaded; `text` begins with the key.
   void problem(std::string text) { problems_.push_back(std::move(text)); }
@@ -88,6 +160,7 @@ class LoadPlan {
     std::function<std::function<void()>()> remember;
   };
 
+  [[nodiscard]] bool is_stored(const at::Tensor& tensor) const { return stored_ != nullptr && tensor.is_meta(); }
   static std::string first_of(const std::vector<std::string>& keys) {
     std::string text;
     for (std::size_t i = 0; i < keys.size() && i < shown; ++i) text += (i == 0 ? "'" : ", '") + keys[i] + "'";
@@ -97,6 +170,8 @@ class LoadPlan {
 
   const World& world_;
   bool strict_;
+  Spread spread_;
+  std::shared_ptr<const StoredTensors> stored_;
   std::vector<std::string> problems_;
   std::vector<std::string> missing_;
   std::vector<std::string> unexpected_;

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <iterator>
 #include <memory>
+#include <optional>
 #include <string>
 #include <tuple>
 #include <type_traits>
@@ -20,6 +21,8 @@
 #include "fabric/checkpoint/load_plan.hpp"
 #include "fabric/checkpoint/module_state.hpp"
 #include "fabric/checkpoint/optimizer_state.hpp"
+#include "fabric/checkpoint/spread.hpp"
+#include "fabric/checkpoint/spread_optimizer.hpp"
 #include "fabric/checkpoint/value.hpp"
 #include "fabric/error.hpp"
 
@@ -76,15 +79,17 @@ bool parse(const Value& value, T& result, const std::string& key, LoadPlan& plan
     if (dict == nullptr) return wrong_kind(value, "a map", key, plan), false;
     bool good = true;
     for (const auto& [own, inner] : *dict) {
-      constexpr bool by_number = std::integral<typename T::key_type>;
-      using SavedKey = std::conditional_t<by_number, std::int64_t, std::string>;
-      const auto* saved = std::get_if<SavedKey>(&own);
-      if (saved == nullptr) {
+      std::optional<typename T::key_type> saved;
+      if constexpr (std::integral<typename T::key_type>) {
+        if (const auto number = number_in(own)) saved = static_cast<typename T::key_type>(*number);
+      } else if (const auto* text = std::get_if<std::string>(&own)) {
+        saved = *text;
+      }
+      if (!saved) {
         plan.problem("'" + inner_key(key, to_text(own)) + "' has a key of another kind than here");
         good = false;
       } else {
-        good =
-            parse(inner, result[static_cast<typename T::key_type>(*saved)], inner_key(key, to_text(own)), plan) && good;
+        good = parse(inner, result[*saved], inner_key(key, to_text(own)), plan) && good;
       }
     }
     return good;
@@ -115,6 +120,15 @@ bool parse(const Value& value, T& result, const std::string& key, LoadPlan& plan
   }
 }
 
+/// Plans the loading of an object by its own `load_state_dict`.
+template <class T>
+void plan_state_dict(T& object, const Value& value, LoadPlan& plan) {
+  plan.load([&object, state = DeepCopy().copy(value)] { object.load_state_dict(state); },
+            [&object] {
+              return [&object, before = DeepCopy().copy(object.state_dict())] { object.load_state_dict(before); };
+            });
+}
+
 /// Plans the loading of any object that a checkpoint can hold.
 template <class T>
 void plan_load(T& object, const Value& value, const std::string& key, LoadPlan& plan) {
@@ -133,8 +147,9 @@ void plan_load(T& object, const Value& value, const std::string& key, LoadPlan& 
     plan.problem("'" + key + "' is const here, so that nothing can be loaded into it");
   } else if constexpr (HasRankedState<T>) {
     try {
-      object.load_state_dict(value, plan.world(), /*check_only=*/true);
-      plan.change([&object, &world = plan.world(), state = DeepCopy().copy(value)] {
+      const Value whole = plan.whole(value);
+      object.load_state_dict(whole, plan.world(), /*check_only=*/true);
+      plan.change([&object, &world = plan.world(), state = DeepCopy().copy(whole)] {
         object.load_state_dict(state, world, /*check_only=*/false);
       });
     } catch (const Error& error) {
@@ -144,13 +159,11 @@ void plan_load(T& object, const Value& value, const std::string& key, LoadPlan& 
         plan.missing(key);
       }
     }
-  } else if constexpr (HasStateDict<T>) {
-    plan.load([&object, state = DeepCopy().copy(value)] { object.load_state_dict(state); },
-              [&object] {
-                return [&object, before = DeepCopy().copy(object.state_dict())] { object.load_state_dict(before); };
-              });
+  } else if constexpr (HasStateDict<T> && !OptimizerArgument<T>) {
+    plan_state_dict(object, plan.whole(value), plan);
   } else if constexpr (WrapsModule<T>) {
     plan_load(object.module(), value, key, plan);
+    if constexpr (WrapsShards<T>) plan.change([state = object.state()] { state->changed(); });
   } else if constexpr (WrapsOptimizer<T>) {
     plan_load(object.optimizer(), value, key, plan);
   } else if constexpr (ModuleArgument<T>) {
@@ -162,10 +175,11 @@ void plan_load(T& object, const Value& value, const std::string& key, LoadPlan& 
     }
   } else if constexpr (OptimizerArgument<T>) {
     auto& optimizer = behind(object);
+    const Value state = OptimizerState(optimizer, plan).read(value);
     if constexpr (HasStateDict<std::remove_cvref_t<decltype(optimizer)>>) {
-      plan_load<std::remove_cvref_t<decltype(optimizer)>>(optimizer, value, key, plan);
+      plan_state_dict(optimizer, state, plan);
     } else {
-      plan_optimizer(optimizer, value, key, plan);
+      plan_optimizer(optimizer, state, key, plan);
     }
   } else if constexpr (Scheduler<T>) {
     const auto* dict = std::get_if<Dict>(&value.data());
@@ -179,15 +193,14 @@ void plan_load(T& object, const Value& value, const std::string& key, LoadPlan& 
   } else if constexpr (std::same_as<T, at::Tensor>) {
     if (!object.defined() || value.is_none()) {
       auto fresh = std::make_shared<at::Tensor>();
-      if (parse(value, *fresh, key, plan)) plan.change([&object, fresh] { object = *fresh; });
+      if (parse(plan.whole(value), *fresh, key, plan)) plan.change([&object, fresh] { object = *fresh; });
     } else if (check_tensor(object, value, key, plan)) {
-      plan.change(
-          [target = object.detach(), source = std::get<at::Tensor>(value.data())]() mutable { target.copy_(source); });
+      plan.fill(object.detach(), std::get<at::Tensor>(value.data()));
     }
   } else if constexpr (is_data<T>()) {
     // A fixed number of items (std::array) is known only from the object.
     auto fresh = std::make_shared<T>();
-    if (parse(value, *fresh, key, plan)) plan.change([&object, fresh] { object = std::move(*fresh); });
+    if (parse(plan.whole(value), *fresh, key, plan)) plan.change([&object, fresh] { object = std::move(*fresh); });
   } else if constexpr (tree::OptionalLike<T>) {
     if (object.has_value()) return plan_load(*object, value, key, plan);
     plan.problem("'" + key + "' is empty here, so that there is nothing to load into");
@@ -205,7 +218,9 @@ void plan_load(T& object, const Value& value, const std::string& key, LoadPlan& 
         saved_key = own;
       }
       const std::string name = inner_key(key, to_text(saved_key));
-      if (const Value* saved = dict->find(saved_key)) {
+      const Value* saved = dict->find(saved_key);
+      if (saved == nullptr) saved = dict->find(to_text(saved_key));  // some formats have texts as keys alone
+      if (saved != nullptr) {
         plan_load(inner, *saved, name, plan);
       } else {
         plan.missing(name);

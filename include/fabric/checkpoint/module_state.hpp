@@ -2,6 +2,7 @@
 #pragma once
 
 #include <string>
+#include <unordered_map>
 #include <unordered_set>
 #include <variant>
 
@@ -9,6 +10,7 @@
 
 #include "fabric/checkpoint/load_plan.hpp"
 #include "fabric/checkpoint/pickle_writer.hpp"
+#include "fabric/checkpoint/spread.hpp"
 #include "fabric/checkpoint/value.hpp"
 
 /// A module's parameters and buffers under the keys that Python's `Module.state_dict()` gives them, in its order: a
@@ -26,9 +28,24 @@ void for_each_entry(const torch::nn::Module& module, const std::string& prefix, 
   for (const auto& item : module.named_children()) for_each_entry(*item.value(), inner_key(prefix, item.key()), visit);
 }
 
-[[nodiscard]] inline Value module_state(const torch::nn::Module& module) {
+[[nodiscard]] inline Value module_state(const torch::nn::Module& module, const std::string& name, Spread& spread) {
   Dict state;
-  for_each_entry(module, "", [&](const std::string& key, const at::Tensor& tensor) { state[key] = tensor.detach(); });
+  std::unordered_map<const c10::TensorImpl*, at::Tensor> stand_ins;  // the same one for tied parameters
+  for_each_entry(module, "", [&](const std::string& key, const at::Tensor& tensor) {
+    if (const auto* parameter = spread.spread_parameter(tensor)) {
+      at::Tensor& stand_in = stand_ins[tensor.unsafeGetTensorImpl()];
+      if (!stand_in.defined()) stand_in = spread.stand_in(*parameter, parameter->shard->master);
+      state[key] = stand_in;
+      return;
+    }
+    if (tensor.is_meta()) refuse_to_write(inner_key(name, key), "has no memory yet: it is on the meta device");
+    if (tensor.numel() > 0 && tensor.has_storage() && tensor.storage().nbytes() == 0) {
+      refuse_to_write(inner_key(name, key),
+                      "has no memory, because its module is sharded: save the model that `setup` "
+                      "returned, not the module that was given to it");
+    }
+    state[key] = tensor.detach();
+  });
   return state;
 }
 
@@ -44,9 +61,19 @@ inline void plan_module(const torch::nn::Module& module, const Value& value, con
     const Value* saved = state->find(key);
     if (saved == nullptr) {
       plan.missing(inner_key(name, key));
-    } else if (check_tensor(tensor, *saved, inner_key(name, key), plan)) {
-      const auto& source = std::get<at::Tensor>(saved->data());
-      plan.change([target = tensor.detach(), source]() mutable { target.copy_(source); });
+      return;
+    }
+    const auto* parameter = plan.spread().spread_parameter(tensor);
+    if (parameter == nullptr) {
+      if (check_tensor(tensor, *saved, inner_key(name, key), plan)) {
+        plan.fill(tensor.detach(), std::get<at::Tensor>(saved->data()));
+      }
+      return;
+    }
+    const Shard& shard = *parameter->shard;
+    const at::Tensor whole = plan.spread().stand_in(*parameter, shard.master);
+    if (check_tensor(whole, *saved, inner_key(name, key), plan)) {
+      plan.fill_range(shard.master.detach(), std::get<at::Tensor>(saved->data()), shard.begin);
     }
   });
   for (const auto& [key, saved] : *state) {

@@ -7,6 +7,7 @@
 
 #include "fabric/checkpoint/load_plan.hpp"
 #include "fabric/checkpoint/ranks.hpp"
+#include "fabric/checkpoint/spread.hpp"
 #include "fabric/checkpoint/state.hpp"
 #include "fabric/checkpoint/torch_file.hpp"
 #include "fabric/checkpoint/value.hpp"
@@ -27,7 +28,9 @@ class PerRank {
   /// On rank 0 a list of what the ranks have.
   [[nodiscard]] Value state_dict(Ranks& ranks) const {
     detail::MemoryFile file;
-    TorchFile::write(file, detail::to_value(*object_, "", ranks), {});
+    Spread spread;
+    Saving saving{ranks, spread};
+    TorchFile::write(file, detail::to_value(*object_, "", saving), {});
     List all;
     for (std::string& bytes : ranks.gather(file.bytes)) {
       const auto owner = std::make_shared<std::string>(std::move(bytes));

@@ -7,6 +7,7 @@
 #include <cstring>
 #include <deque>
 #include <functional>
+#include <span>
 #include <string>
 #include <string_view>
 #include <unordered_map>
@@ -35,18 +36,26 @@ class PickleReader {
   /// The bytes of the storage with that key; throws if there are none.
   using Storages = std::function<at::Storage(const std::string& key)>;
 
-  PickleReader(std::string_view pickle, std::string path, Storages storages)
+  /// The names of classes whose objects are read as what they were made from: {"class": its name, "arguments": what it
+  /// was called with, "state": its attributes}. A dict with such objects as keys becomes a list of pairs.
+  using Classes = std::span<const std::string_view>;
+
+  PickleReader(std::string_view pickle, std::string path, Storages storages, Classes classes = {})
       : rest_(pickle),
         size_(pickle.size()),
         budget_(most_expansion * pickle.size() + most_expansion),
         path_(std::move(path)),
-        storages_(std::move(storages)) {}
+        storages_(std::move(storages)),
+        classes_(classes) {}
 
   [[nodiscard]] Value read() {
     while (step()) {
     }
     return to_value(*pop(), 0);
   }
+
+  /// What follows the pickle.
+  [[nodiscard]] std::string_view rest() const { return rest_; }
 
  private:
   enum class Kind : std::uint8_t {
@@ -61,6 +70,7 @@ class PickleReader {
     global,
     storage,
     tensor,
+    object,  // its class, what that was called with, and its attributes if it has some
     mark
   };
 
@@ -81,7 +91,7 @@ class PickleReader {
 
   [[noreturn]] void refuse(const std::string& why) const {
     throw DamagedCheckpoint("fabric: " + path_ + " cannot be loaded: " + why + " (byte " +
-                            std::to_string(size_ - rest_.size()) + " of data.pkl)");
+                            std::to_string(size_ - rest_.size()) + " of its pickle)");
   }
 
   // ---- What the pickle is read by ----
@@ -242,7 +252,13 @@ class PickleReader {
         return true;
       }
       case 'b': {
-        pop();  // attributes: an OrderedDict's _metadata, which says nothing about the values
+        Node* attributes = pop();
+        if (top()->kind == Kind::object) {
+          if (top()->items().size() > 2) refuse("an object in it gets its attributes twice");
+          top()->items().push_back(attributes);
+          return true;
+        }
+        // Those of others are an OrderedDict's _metadata, which says nothing about the values.
         if (const Kind kind = top()->kind; kind != Kind::dict && kind != Kind::tensor) refuse("it has an object in it");
         return true;
       }
@@ -287,6 +303,9 @@ class PickleReader {
     }
     return false;
   }
+  [[nodiscard]] bool is_class(std::string_view name) const {
+    return std::find(classes_.begin(), classes_.end(), name) != classes_.end();
+  }
 
   void push_global(std::string module, const std::string& name) {
     if (module == "__builtin__") module = "builtins";
@@ -295,7 +314,7 @@ class PickleReader {
     if (of_torch && find_dtype(&DtypeName::name, name) != nullptr) return push(make(Kind::text, std::move(full)));
     const bool storage =
         (of_torch && find_dtype(&DtypeName::storage, name) != nullptr) || full == "torch.storage.UntypedStorage";
-    if (!storage && !is_known(full)) {
+    if (!storage && !is_known(full) && !is_class(full)) {
       refuse("it asks for " + full +
              ", which is none of the weights, numbers and texts that are read; code in a file "
              "is never run");
@@ -314,6 +333,8 @@ class PickleReader {
 
   Node* call(const Node& function, const std::vector<Node*>& arguments) {
     const std::string& name = function.text();
+    if (is_class(name))
+      return make(Kind::object, std::vector<Node*>{make(Kind::text, name), make(Kind::tuple, arguments)});
     if (name == "collections.OrderedDict" || name == "collections.Counter") return make_dict(arguments);
     if (name == "torch.Size") {
       return make(Kind::tuple, arguments.empty() ? std::vector<Node*>{} : copy(required(arguments, 0, Kind::tuple)));
@@ -463,7 +484,15 @@ class PickleReader {
         for (const Node* item : node.items()) list.items.push_back(to_value(*item, depth + 1));
         return list;
       }
+      case Kind::object: {
+        Dict object;
+        object["class"] = to_value(*node.items()[0], depth + 1);
+        object["arguments"] = to_value(*node.items()[1], depth + 1);
+        if (node.items().size() > 2) object["state"] = to_value(*node.items()[2], depth + 1);
+        return object;
+      }
       case Kind::dict: {
+        if (has_objects_as_keys(node)) return pairs_of(node, depth);
         Dict dict;
         for (std::size_t i = 0; i + 1 < node.items().size(); i += 2) {
           dict[to_key(*node.items()[i])] = to_value(*node.items()[i + 1], depth + 1);
@@ -474,6 +503,18 @@ class PickleReader {
       case Kind::mark: break;
     }
     refuse("its pickle ends too early");
+  }
+
+  static bool has_objects_as_keys(const Node& dict) {
+    return !dict.items().empty() && dict.items()[0]->kind == Kind::object;
+  }
+  Value pairs_of(const Node& dict, int depth) {
+    List pairs;
+    for (std::size_t i = 0; i + 1 < dict.items().size(); i += 2) {
+      pairs.items.emplace_back(
+          List{{to_value(*dict.items()[i], depth + 1), to_value(*dict.items()[i + 1], depth + 1)}, /*is_tuple=*/true});
+    }
+    return pairs;
   }
 
   Dict::Key to_key(const Node& node) {
@@ -494,6 +535,7 @@ class PickleReader {
   std::size_t budget_;
   std::string path_;
   Storages storages_;
+  Classes classes_;
   std::deque<Node> nodes_;
   std::vector<Node*> stack_;
   std::unordered_map<std::uint64_t, Node*> memo_;

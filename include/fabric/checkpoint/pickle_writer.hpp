@@ -46,22 +46,12 @@ inline const DtypeName& check_writable(const at::Tensor& tensor, const std::stri
   return *dtype;
 }
 
-/// Pickles a `Value` as `torch.save` does, in protocol 2, so that Python reads it with `weights_only=True`. Tensors
-/// refer to their storages by number; tensors that share a storage do so in the file.
-class PickleWriter {
+/// The instructions of pickles, protocol 2.
+class PickleText {
  public:
-  /// Throws fabric::Error that names the key of what cannot be written.
-  explicit PickleWriter(const Value& value) {
-    text_ += "\x80\x02";
-    write(value, "");
-    text_ += '.';
-  }
-
   [[nodiscard]] const std::string& pickle() const { return text_; }
-  /// By number.
-  [[nodiscard]] const std::vector<at::Storage>& storages() const { return storages_; }
 
- private:
+ protected:
   template <class Number>
   void put(Number number) {
     text_.append(reinterpret_cast<const char*>(&number), sizeof number);
@@ -100,6 +90,24 @@ class PickleWriter {
   }
   void put_bool(bool flag) { text_ += flag ? '\x88' : '\x89'; }
 
+  std::string text_;
+};
+
+/// Pickles a `Value` as `torch.save` does, in protocol 2, so that Python reads it with `weights_only=True`. Tensors
+/// refer to their storages by number; tensors that share a storage do so in the file.
+class PickleWriter : public PickleText {
+ public:
+  /// Throws fabric::Error that names the key of what cannot be written.
+  explicit PickleWriter(const Value& value) {
+    text_ += "\x80\x02";
+    write(value, "");
+    text_ += '.';
+  }
+
+  /// By number.
+  [[nodiscard]] const std::vector<at::Storage>& storages() const { return storages_; }
+
+ private:
   void write(const Value& value, const std::string& key) {
     std::visit([&](const auto& data) { write_data(data, key); }, value.data());
   }
@@ -158,7 +166,6 @@ class PickleWriter {
     return place->second;
   }
 
-  std::string text_;
   std::vector<at::Storage> storages_;
   std::unordered_map<const c10::StorageImpl*, std::size_t> numbers_;
 };

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <algorithm>
 #include <chrono>
 #include <cstddef>
 #include <cstdint>
@@ -12,6 +13,7 @@
 #include <torch/csrc/distributed/c10d/Store.hpp>
 #include <torch/torch.h>
 
+#include "fabric/checkpoint/file.hpp"
 #include "fabric/comm/world.hpp"
 #include "fabric/error.hpp"
 
@@ -33,7 +35,8 @@ class Ranks {
   [[nodiscard]] const World& world() const { return world_; }
 
   /// Waits for all ranks and throws fabric::Error on all of them if one has a problem, or does something else, or does
-  /// not come in time. In a world of one it throws the problem as it is.
+  /// not come in time; DamagedCheckpoint if that is the first problem. In a world of one it throws the problem as it
+  /// is.
   void agree(const std::exception_ptr& problem = nullptr) { agree(problem, patience_); }
   void agree(const std::exception_ptr& problem, std::chrono::milliseconds patience) {
     if (!store_) {
@@ -41,23 +44,26 @@ class Ranks {
       return;
     }
     const auto answers = gather(what_ + '\n' + text_of(problem), patience);
-    std::string verdict;
+    std::string verdict;  // begins with the mark of damage, if it is that
     for (std::size_t rank = 0; rank < answers.size(); ++rank) {
       const std::size_t end = answers[rank].find('\n');
       const std::string doing = answers[rank].substr(0, end);
-      const std::string failed = answers[rank].substr(end + 1);
+      std::string failed = answers[rank].substr(end + 1);
       if (doing != what_) {
         verdict = "fabric: rank 0 is in " + what_ + ", and rank " + std::to_string(rank) + " in " + doing +
                   ": all ranks must do the same";
         break;
       }
       if (!failed.empty() && verdict.empty()) {
-        verdict = rank == 0 ? failed : "rank " + std::to_string(rank) + ": " + failed;
+        const std::size_t text = failed[0] == damage ? 1 : 0;
+        if (rank > 0) failed.insert(text, "rank " + std::to_string(rank) + ": ");
+        verdict = std::move(failed);
       }
     }
     verdict = from_zero(verdict, patience);
     if (verdict.empty()) return;
     if (problem && text_of(problem) == verdict) std::rethrow_exception(problem);
+    if (verdict[0] == damage) throw DamagedCheckpoint(verdict.substr(1));
     throw Error(verdict);
   }
 
@@ -68,10 +74,14 @@ class Ranks {
   std::string from_zero(const std::string& own) { return from_zero(own, patience_); }
 
  private:
+  static constexpr char damage = '\x01';  // in front of what a DamagedCheckpoint says
+
   static std::string text_of(const std::exception_ptr& problem) {
     if (!problem) return "";
     try {
       std::rethrow_exception(problem);
+    } catch (const DamagedCheckpoint& error) {
+      return damage + std::string(error.what());
     } catch (const std::exception& error) {
       return error.what();
     } catch (...) {
@@ -156,6 +166,34 @@ class Ranks {
 };
 
 namespace detail {
+
+/// Of a text the store takes no more than some MB at once.
+inline constexpr std::size_t text_at_once = std::size_t{4} << 20U;
+
+/// The texts of all ranks, however long, on rank 0.
+[[nodiscard]] inline std::vector<std::string> gather_long(Ranks& ranks, const std::string& own) {
+  std::size_t longest = 0;
+  for (const std::string& size : ranks.gather(std::to_string(own.size()))) {
+    longest = std::max<std::size_t>(longest, std::stoull(size));
+  }
+  longest = std::stoull(ranks.from_zero(std::to_string(longest)));
+  std::vector<std::string> all;
+  for (std::size_t done = 0; done < longest; done += text_at_once) {
+    const auto parts = ranks.gather(done < own.size() ? own.substr(done, text_at_once) : "");
+    all.resize(parts.size());
+    for (std::size_t i = 0; i < parts.size(); ++i) all[i] += parts[i];
+  }
+  return all;
+}
+/// Rank 0's text, however long, on all ranks.
+[[nodiscard]] inline std::string from_zero_long(Ranks& ranks, const std::string& own) {
+  const std::size_t size = std::stoull(ranks.from_zero(std::to_string(own.size())));
+  std::string text;
+  while (text.size() < size) {
+    text += ranks.from_zero(ranks.world().is_global_zero() ? own.substr(text.size(), text_at_once) : "");
+  }
+  return text;
+}
 
 /// Throws unless something that differs by rank was saved by as many ranks as there are.
 inline void check_ranks(std::size_t saved, const World& world) {

@@ -12,8 +12,8 @@
 #include "fabric/checkpoint/kinds.hpp"
 #include "fabric/checkpoint/load_plan.hpp"
 #include "fabric/checkpoint/load_state.hpp"
-#include "fabric/checkpoint/ranks.hpp"
 #include "fabric/checkpoint/save_state.hpp"
+#include "fabric/checkpoint/spread.hpp"
 #include "fabric/checkpoint/value.hpp"
 
 /// From the objects of a program to a `Value` and back.
@@ -44,14 +44,14 @@ class State {
     Entry(std::string name, std::initializer_list<Entry> nested);
 
     [[nodiscard]] const std::string& name() const { return name_; }
-    [[nodiscard]] Value save(Ranks& ranks, const std::string& key) const { return save_(ranks, key); }
+    [[nodiscard]] Value save(Saving& saving, const std::string& key) const { return save_(saving, key); }
     void plan(const Value& value, const std::string& key, LoadPlan& plan) const { load_(value, key, plan); }
 
    private:
     template <class Object>
     void bind(std::shared_ptr<Object> object, bool read_only) {
       using Bare = std::remove_const_t<Object>;
-      save_ = [object](Ranks& ranks, const std::string& key) { return detail::to_value<Bare>(*object, key, ranks); };
+      save_ = [object](Saving& saving, const std::string& key) { return detail::to_value<Bare>(*object, key, saving); };
       if constexpr (std::is_const_v<Object> || std::is_pointer_v<Bare>) {
         load_ = refuse;
       } else {
@@ -70,7 +70,7 @@ class State {
     }
 
     std::string name_;
-    std::function<Value(Ranks&, const std::string&)> save_;
+    std::function<Value(Saving&, const std::string&)> save_;
     std::function<void(const Value&, const std::string&, LoadPlan&)> load_;
   };
 

@@ -16,6 +16,7 @@
 #include "fabric/checkpoint/json.hpp"
 #include "fabric/checkpoint/pickle_reader.hpp"
 #include "fabric/checkpoint/pickle_writer.hpp"
+#include "fabric/checkpoint/stored_tensors.hpp"
 #include "fabric/checkpoint/value.hpp"
 #include "fabric/checkpoint/zip.hpp"
 
@@ -25,24 +26,34 @@ namespace fabric {
 struct CheckpointContents {
   Value state;
   Dict manifest;  ///< Who wrote it and how; empty if it was not this library.
+  /// Where the tensors of `state` are that are not in memory.
+  std::shared_ptr<const StoredTensors> stored{};
 };
 
 namespace detail {
 
-/// Storage of bytes that lie in `file`, without a copy where the processor can read them there.
-[[nodiscard]] inline at::Storage storage_in(const Bytes& file, std::string_view bytes) {
-  if (reinterpret_cast<std::uintptr_t>(bytes.data()) % alignof(std::max_align_t) != 0 || bytes.empty()) {
-    at::Storage copy(at::Storage::use_byte_size_t(), static_cast<std::int64_t>(bytes.size()),
-                     c10::GetAllocator(at::kCPU), /*resizable=*/false);
-    if (!bytes.empty()) std::memcpy(copy.mutable_data(), bytes.data(), bytes.size());
-    return copy;
-  }
+/// Can the processor read numbers of any kind there?
+[[nodiscard]] inline bool is_aligned(const void* data) {
+  return reinterpret_cast<std::uintptr_t>(data) % alignof(std::max_align_t) == 0;
+}
+
+/// Storage of bytes where they lie in `file`, even if they cannot be read as numbers there.
+[[nodiscard]] inline at::Storage storage_over(const Bytes& file, std::string_view bytes) {
   auto* owner = new std::shared_ptr<void>(file.owner);
   at::DataPtr data(
       file.data + (bytes.data() - file.data), owner,
       [](void* shared) { delete static_cast<std::shared_ptr<void>*>(shared); }, at::kCPU);
   return {at::Storage::use_byte_size_t(), bytes.size(), std::move(data), nullptr,
           /*resizable=*/false};
+}
+
+/// Storage of bytes that lie in `file`, without a copy where the processor can read them there.
+[[nodiscard]] inline at::Storage storage_in(const Bytes& file, std::string_view bytes) {
+  if (is_aligned(bytes.data()) && !bytes.empty()) return storage_over(file, bytes);
+  at::Storage copy(at::Storage::use_byte_size_t(), static_cast<std::int64_t>(bytes.size()), c10::GetAllocator(at::kCPU),
+                   /*resizable=*/false);
+  if (!bytes.empty()) std::memcpy(copy.mutable_data(), bytes.data(), bytes.size());
+  return copy;
 }
 
 /// The bytes of a storage in the memory of the processor.
@@ -78,6 +89,48 @@ inline void check_manifest(const Dict& manifest,
   }
 }
 
+/// One of `torch.save`'s archives in memory. What is in its records is not verified yet.
+class TorchArchive {
+ public:
+  /// Throws DamagedCheckpoint unless `torch.save`, on a machine like this, has written it.
+  TorchArchive(Bytes file, const std::string& path) : file_(std::move(file)), zip_(file_.view(), path), path_(path) {
+    if (zip_.records().empty()) zip_.refuse("it is an empty archive");
+    const std::string& first = zip_.records()[0].name;
+    folder_ = first.substr(0, first.find('/') + 1);
+    if (zip_.find(folder_ + "data.pkl") == nullptr)
+      zip_.refuse("it has no data.pkl, so that torch.save has not written it");
+    if (zip_.find(folder_ + "constants.pkl") != nullptr) {
+      zip_.refuse("torch::save or torch.jit.save wrote it: load it with torch::load");
+    }
+    if (const auto* order = zip_.find(folder_ + "byteorder"); order != nullptr && order->bytes != "little") {
+      zip_.refuse("a big-endian machine wrote it");
+    }
+  }
+
+  [[nodiscard]] const ZipReader& zip() const { return zip_; }
+  [[nodiscard]] const std::string& folder() const { return folder_; }
+
+  /// What was saved. Tensors share the memory of the file where the processor can read them there, or if they are only
+  /// wanted `in_place`, to know where they lie.
+  [[nodiscard]] Value read(bool in_place = false) const {
+    std::unordered_map<std::string, at::Storage> storages;
+    const auto storage = [&](const std::string& key) {
+      if (const auto known = storages.find(key); known != storages.end()) return known->second;
+      const auto* record = zip_.find(folder_ + "data/" + key);
+      if (record == nullptr) zip_.refuse("it has no storage " + key);
+      const auto make = in_place && !record->bytes.empty() ? storage_over : storage_in;
+      return storages.emplace(key, make(file_, record->bytes)).first->second;
+    };
+    return PickleReader(zip_.find(folder_ + "data.pkl")->bytes, path_, storage).read();
+  }
+
+ private:
+  Bytes file_;
+  ZipReader zip_;
+  std::string path_;
+  std::string folder_;
+};
+
 }  // namespace detail
 
 /// The files of Python's `torch.save` and `torch.load`. What is written here, Python reads as a dict with
@@ -86,9 +139,10 @@ inline void check_manifest(const Dict& manifest,
 struct TorchFile {
   static constexpr std::string_view extension = ".pt";
 
-  /// Throws fabric::Error that names the key of what cannot be written.
-  template <class Sink>
-  static void write(Sink& sink, const Value& state, Dict manifest) {
+  /// Throws fabric::Error that names the key of what cannot be written. `memory_of(storage)` gives each storage when it
+  /// is its turn, as one in the memory of the processor.
+  template <class Sink, class MemoryOf = at::Storage (*)(const at::Storage&)>
+  static void write(Sink& sink, const Value& state, Dict manifest, const MemoryOf& memory_of = detail::on_cpu) {
     const detail::PickleWriter pickle(state);
     detail::ZipWriter<Sink> zip(sink);
     Dict records;
@@ -99,7 +153,7 @@ struct TorchFile {
     add("data.pkl", pickle.pickle().data(), pickle.pickle().size());
     add("byteorder", "little", 6);
     for (std::size_t i = 0; i < pickle.storages().size(); ++i) {
-      const at::Storage storage = detail::on_cpu(pickle.storages()[i]);
+      const at::Storage storage = memory_of(pickle.storages()[i]);
       add("data/" + std::to_string(i), storage.data(), storage.nbytes());
     }
     add("version", "3\n", 2);
@@ -112,18 +166,9 @@ struct TorchFile {
 
   /// Tensors share the memory of `file`. Everything is verified before anything is returned. Throws DamagedCheckpoint.
   [[nodiscard]] static CheckpointContents read(const detail::Bytes& file, const std::string& path) {
-    const detail::ZipReader zip(file.view(), path);
-    if (zip.records().empty()) zip.refuse("it is an empty archive");
-    const std::string& first = zip.records()[0].name;
-    const std::string folder = first.substr(0, first.find('/') + 1);
-    if (zip.find(folder + "data.pkl") == nullptr)
-      zip.refuse("it has no data.pkl, so that torch.save has not written it");
-    if (zip.find(folder + "constants.pkl") != nullptr) {
-      zip.refuse("torch::save or torch.jit.save wrote it: load it with torch::load");
-    }
-    if (const auto* order = zip.find(folder + "byteorder"); order != nullptr && order->bytes != "little") {
-      zip.refuse("a big-endian machine wrote it");
-    }
+    const detail::TorchArchive archive(file, path);
+    const detail::ZipReader& zip = archive.zip();
+    const std::string& folder = archive.folder();
     zip.verify();
     CheckpointContents contents;
     if (const auto* json = zip.find(folder + "fabric.json")) {
@@ -138,14 +183,7 @@ struct TorchFile {
       }
       detail::check_manifest(contents.manifest, records, path);
     }
-    std::unordered_map<std::string, at::Storage> storages;
-    const auto storage = [&](const std::string& key) {
-      if (const auto known = storages.find(key); known != storages.end()) return known->second;
-      const auto* record = zip.find(folder + "data/" + key);
-      if (record == nullptr) zip.refuse("it has no storage " + key);
-      return storages.emplace(key, detail::storage_in(file, record->bytes)).first->second;
-    };
-    contents.state = detail::PickleReader(zip.find(folder + "data.pkl")->bytes, path, storage).read();
+    contents.state = archive.read();
     return contents;
   }
 };

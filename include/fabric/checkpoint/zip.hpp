@@ -40,7 +40,8 @@ inline constexpr std::size_t central_size = 46;
 inline constexpr std::size_t end_size = 22;
 inline constexpr std::size_t end64_size = 56;
 inline constexpr std::size_t locator_size = 20;
-inline constexpr std::uint32_t see_zip64 = 0xFFFFFFFF;  // the number stands in an extra field of 64 bits
+inline constexpr std::size_t step = std::size_t{1} << 20U;  // so much stays in the cache between checksum and write
+inline constexpr std::uint32_t see_zip64 = 0xFFFFFFFF;      // the number stands in an extra field of 64 bits
 }  // namespace zip
 
 /// One record of an archive.
@@ -76,12 +77,19 @@ class ZipReader {
 
   /// Throws DamagedCheckpoint unless every record is what was written. None may be compressed.
   void verify() const {
-    for (const ZipRecord& record : records_) {
-      if (!record.stored) refuse("its record " + record.name + " is compressed, which torch.save does not do");
-      if (crc32(record.bytes.data(), record.bytes.size()) == record.crc) continue;
-      refuse("the checksum of its record " + record.name +
-             " is wrong (a file of torch.serialization.set_crc32_options(False) has none: save it again with True)");
-    }
+    for (const ZipRecord& record : records_) verify(record);
+  }
+  /// The same for one of them.
+  void verify(const ZipRecord& record) const {
+    verify_stored(record);
+    if (crc32(record.bytes.data(), record.bytes.size()) != record.crc) refuse_checksum(record);
+  }
+  void verify_stored(const ZipRecord& record) const {
+    if (!record.stored) refuse("its record " + record.name + " is compressed, which torch.save does not do");
+  }
+  [[noreturn]] void refuse_checksum(const ZipRecord& record) const {
+    refuse("the checksum of its record " + record.name +
+           " is wrong (a file of torch.serialization.set_crc32_options(False) has none: save it again with True)");
   }
 
   [[noreturn]] void refuse(const std::string& why) const { Refuse{path_}(why); }
@@ -216,8 +224,9 @@ class ZipWriter {
   /// With `always_zip64` every number is written in the form for archives beyond 4 GB.
   explicit ZipWriter(Sink& sink, bool always_zip64 = false) : sink_(sink), always_zip64_(always_zip64) {}
 
-  /// Adds a record and returns its checksum.
-  std::uint32_t add(const std::string& name, const void* data, std::size_t size) {
+  /// Adds a record and returns its checksum. `steps` gets the checksum up to the end of each `zip::step` bytes.
+  std::uint32_t add(const std::string& name, const void* data, std::size_t size,
+                    std::vector<std::uint32_t>* steps = nullptr) {
     Entry entry{name, size, sink_.position(), 0};
     const bool wide = always_zip64_ || size >= zip::see_zip64;
     std::string extra;
@@ -239,11 +248,11 @@ class ZipWriter {
     header += name;
     header += extra;
     sink_.write(header.data(), header.size());
-    constexpr std::size_t step = std::size_t{1} << 20U;  // so much stays in the cache between checksum and write
-    for (std::size_t done = 0; done < size; done += step) {
+    for (std::size_t done = 0; done < size; done += zip::step) {
       const char* part = static_cast<const char*>(data) + done;
-      const std::size_t part_size = std::min(step, size - done);
+      const std::size_t part_size = std::min(zip::step, size - done);
       entry.crc = crc32(part, part_size, entry.crc);
+      if (steps != nullptr) steps->push_back(entry.crc);
       sink_.write(part, part_size);
     }
     sink_.patch(entry.place + 14, &entry.crc, sizeof entry.crc);

@@ -1,0 +1,127 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <unordered_map>
+#include <utility>
+#include <vector>
+
+#include <ATen/ATen.h>
+#include <torch/torch.h>
+
+#include "fabric/checkpoint/ranks.hpp"
+#include "fabric/module/parameters.hpp"
+#include "fabric/shard/shard.hpp"
+
+namespace fabric {
+
+/// A module that `setup` has divided among the ranks: its state tells this rank's parts of the parameters, and wants to
+/// know when they have changed.
+template <class T>
+concept WrapsShards = requires(const T& wrapper) {
+  { *wrapper.state()->shards().begin() } -> std::convertible_to<Shard>;
+  wrapper.state()->changed();
+};
+
+/// What is known about tensors while a checkpoint is saved or loaded: the names of parameters, and which part of a
+/// parameter is here. In a tree that is saved, a tensor without memory (on the meta device) stands for one that is
+/// spread over the ranks.
+class Spread {
+ public:
+  /// What a parameter of an optimizer is.
+  struct Parameter {
+    std::string module;            ///< The key of its module in the state.
+    std::string name;              ///< In its module.
+    const Shard* shard = nullptr;  ///< Null for one that is whole on all ranks.
+    bool writes = true;            ///< False if another rank, which has the same part, saves it.
+  };
+  /// This rank's part of a tensor that is spread.
+  struct Part {
+    at::Tensor own;  ///< (end - begin)
+    std::int64_t begin = 0;
+    std::int64_t end = 0;
+    bool writes = true;
+  };
+
+  /// Takes note of a module, which must outlive this.
+  void add(const torch::nn::Module& module, const std::string& key) {
+    for (const auto& [name, tensor] : parameters_of(module)) {
+      parameters_.emplace(tensor.unsafeGetTensorImpl(), Parameter{key, name, nullptr, true});
+    }
+  }
+  /// Takes note of the parts of a sharded module's parameters, which must outlive this.
+  template <class Shards>
+  void add_shards(const Shards& shards, const std::string& key, bool writes) {
+    has_shards_ = true;
+    for (const Shard& shard : shards) {
+      const Parameter parameter{key, shard.name, &shard, writes};
+      for (const at::Tensor& tensor : {shard.parameter, shard.master}) {
+        Parameter& known = parameters_[tensor.unsafeGetTensorImpl()];
+        if (known.shard == nullptr || !key.empty()) known = parameter;
+      }
+    }
+  }
+  /// The same for what `setup` returned.
+  template <class Wrapper>
+  void add_state(const Wrapper& state, const std::string& key) {
+    bool writes = true;
+    if constexpr (requires { state.groups().replicate.global_rank; })
+      writes = state.groups().replicate.global_rank == 0;
+    add_shards(state.shards(), key, writes);
+  }
+
+  /// Null for a tensor that is no parameter of a known module.
+  [[nodiscard]] const Parameter* parameter(const at::Tensor& parameter_or_master) const {
+    const auto found = parameters_.find(parameter_or_master.unsafeGetTensorImpl());
+    return found == parameters_.end() ? nullptr : &found->second;
+  }
+  /// Null for a tensor that is whole.
+  [[nodiscard]] const Parameter* spread_parameter(const at::Tensor& parameter_or_master) const {
+    const Parameter* known = parameter(parameter_or_master);
+    return known == nullptr || known->shard == nullptr ? nullptr : known;
+  }
+
+  /// A tensor that stands for one of the sizes of a parameter, of which `own` is this rank's part.
+  [[nodiscard]] at::Tensor stand_in(const Parameter& parameter, const at::Tensor& own) {
+    const Shard& shard = *parameter.shard;
+    at::Tensor made = at::empty(shard.parameter.sizes(), at::TensorOptions(at::kMeta).dtype(own.scalar_type()));
+    parts_[made.unsafeGetTensorImpl()] = {own.detach(), shard.begin, shard.end, parameter.writes};
+    made_.push_back(made);  // so that no other tensor gets its address
+    return made;
+  }
+  /// This rank's part of the tensor that another one stands for; null for a tensor that is whole.
+  [[nodiscard]] const Part* part(const at::Tensor& stand_in) const {
+    const auto found = parts_.find(stand_in.unsafeGetTensorImpl());
+    return found == parts_.end() ? nullptr : &found->second;
+  }
+
+  /// A tensor that is whole is saved by this rank, or by another one, instead of by rank 0.
+  void set_writes(const at::Tensor& tensor, bool writes) {
+    writes_[tensor.unsafeGetTensorImpl()] = writes;
+    made_.push_back(tensor);
+  }
+  [[nodiscard]] bool writes(const at::Tensor& tensor, const World& world) const {
+    const auto found = writes_.find(tensor.unsafeGetTensorImpl());
+    return found == writes_.end() ? world.is_global_zero() : found->second;
+  }
+  /// Is there anything that is spread? The same on all ranks.
+  [[nodiscard]] bool is_used() const { return has_shards_; }
+
+ private:
+  std::unordered_map<const c10::TensorImpl*, Parameter> parameters_;
+  std::unordered_map<const c10::TensorImpl*, Part> parts_;
+  std::unordered_map<const c10::TensorImpl*, bool> writes_;
+  std::vector<at::Tensor> made_;
+  bool has_shards_ = false;
+};
+
+/// What saving needs to know besides the object.
+struct Saving {
+  Ranks& ranks;
+  Spread& spread;
+  bool by_name = false;  ///< An optimizer's parameters have the names that they have in their modules, not numbers.
+  bool only_modules = false;  ///< Nothing is saved yet: modules tell `spread` about themselves.
+};
+
+}  // namespace fabric
