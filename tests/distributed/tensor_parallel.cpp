@@ -16,6 +16,7 @@
 
 #include "fabric/comm/device_mesh.hpp"
 #include "fabric/precision/transformer_engine.hpp"
+#include "fabric/shard/sharded_module.hpp"
 #include "fabric/shard/tensor_clip.hpp"
 #include "fabric/shard/tensor_parallel.hpp"
 #include "support/ranks.hpp"
@@ -749,6 +750,56 @@ TEST_CASE("[issue-8.1] a group of one leaves the module as it is, but checks the
   REQUIRE(tensor_slices(*net).empty());
   REQUIRE(net->forward(torch::ones({1, 3})).size(1) == 3);
   REQUIRE_THROWS_AS(parallelize_module(*net, World{}, {{"wrong", Colwise{}}}), Error);
+}
+
+TEST_CASE("[issue-8.1] a divided module is sharded over the data group: 2 x 2 learns as the whole one does") {
+  on_ranks<F64>([](auto& fabric) {
+    const DeviceMesh mesh = make_mesh(fabric.world(), 2);  // on two ranks, nobody shares a shard
+    auto [divided, whole] = divided_and_whole(mesh.tensor, plan_of_transformer, [] { return Transformer(); });
+    ShardedModule state;
+    ShardedModule::Layout layout;
+    layout.compute = layout.master = layout.reduce = layout.buffer = [](at::ScalarType kept) { return kept; };
+    World alone = mesh.data;
+    alone.size = 1;
+    alone.global_rank = 0;
+    alone.group.reset();
+    const bool is_alone = mesh.data.size == 1;
+    layout.frees_parameters = !is_alone;
+    const World shard = is_alone ? alone : mesh.data;
+    state.setup(*divided, {.world = shard, .shard = shard, .prefetch = shard, .replicate = alone},
+                {.units = Units::by_type<BlockImpl>()}, layout);
+    std::vector<at::Tensor> masters;
+    for (const auto& named : state.masters()) masters.push_back(named.second);
+    const auto options = torch::optim::AdamWOptions(3e-3).eps(1e-6);
+    torch::optim::AdamW ours(masters, options);
+    torch::optim::AdamW theirs(whole->parameters(), options);
+    for (int step = 0; step < 6; ++step) {
+      torch::manual_seed(5 + step);
+      const at::Tensor batch = torch::randint(words, {4, 7});
+      const auto loss_of = [](Transformer& net, const at::Tensor& rows) {
+        return torch::cross_entropy_loss(net(rows.narrow(1, 0, 6)).flatten(0, 1), rows.narrow(1, 1, 6).flatten());
+      };
+      ours.zero_grad();
+      state.after_zero_grad();
+      whole->zero_grad();
+      const auto own = batch.chunk(mesh.data.size)[static_cast<std::size_t>(mesh.data.global_rank)];
+      const auto loss = state.forward([&, &net = divided] { return loss_of(net, own); });
+      const auto expected = loss_of(whole, batch);
+      REQUIRE(distance(all_reduce(mesh.data, loss.detach()), expected) < 1e-12);
+      loss.backward();
+      expected.backward();
+      state.before_step();
+      ours.step();
+      theirs.step();
+      state.after_step();
+    }
+    state.with_full_parameters([&, &net = divided, &same = whole] {
+      for (const auto& item : net->named_parameters()) {
+        INFO(item.key());
+        REQUIRE(distance(whole_of(item.value(), item.value()), same->named_parameters()[item.key()]) < 1e-12);
+      }
+    });
+  });
 }
 
 TEST_CASE("[issue-8.1] numbers are those of Python's parallelize_module") {
