@@ -17,7 +17,10 @@ namespace fabric::tests {
 /// While alive, counts the bytes that tensors on the CPU have.
 class CountedMemory : public c10::Allocator {
  public:
-  CountedMemory() : inner_(c10::GetCPUAllocator()) { c10::SetCPUAllocator(this, priority); }
+  CountedMemory() : inner_(c10::GetCPUAllocator()) {
+    c10::SetCPUAllocator(this, priority);
+    forget_peak();
+  }
   ~CountedMemory() override { c10::SetCPUAllocator(inner_, priority); }
   CountedMemory(const CountedMemory&) = delete;
   CountedMemory& operator=(const CountedMemory&) = delete;

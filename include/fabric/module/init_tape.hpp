@@ -238,8 +238,9 @@ class InitTape : public std::enable_shared_from_this<InitTape> {
   }
 
   /// Runs an operator that needs values, if those that it needs depend on no random numbers: `linspace(...)[i].item()`.
-  /// What it returns has values.
-  inline bool evaluate(const TapeStep& step, Stack& stack) const;
+  /// What it returns has values. (Not declared inline, which it is, since sources without init_replay.hpp have no
+  /// definition of it.)
+  bool evaluate(const TapeStep& step, Stack& stack) const;
 
   TapeArgument recorded(const c10::OperatorHandle& op, const c10::IValue& value) const {
     TapeArgument argument;
