@@ -204,7 +204,7 @@ class Fabric {
           world_, "setup_dataloader",
           {std::string("a stream ") + (ends ? "with an end" : "without end"),
            "batches of " + std::to_string(options.batch_size) + (options.drop_last ? ", full" : "")});
-      return Loader(std::forward<Dataset>(dataset), world_, options, device_);
+      return Loader(std::forward<Dataset>(dataset), data_world(), options, device_);
     } else {
       return Loader(std::forward<Dataset>(dataset), dealt(dataset.size(), options), options, device_);
     }
@@ -235,8 +235,8 @@ class Fabric {
   template <class M>
   at::Tensor clip_gradients(const FabricModule<M, Engine, Plugin>& model, const ClipNorm& clip) {
     unscale();
-    if constexpr (requires { model.state()->masters(); }) {
-      return fabric::clip_gradients(model.state()->masters(), tolerant(clip), model.state()->combine(clip.norm_type));
+    if constexpr (requires { Engine::clip_gradients(model.state(), model.state()->masters(), clip); }) {
+      return Engine::clip_gradients(model.state(), model.state()->masters(), tolerant(clip));
     } else {
       return fabric::clip_gradients(model.module(), tolerant(clip));
     }
@@ -255,9 +255,8 @@ class Fabric {
   template <class O, class Clip>
   auto clip_gradients(const FabricOptimizer<O, Engine, Plugin>& optimizer, const Clip& clip) {
     if constexpr (Plugin::has_scaler) scaler_->unscale(*optimizer.scaling().gradients);
-    if constexpr (std::is_same_v<Clip, ClipNorm> && requires { optimizer.states().front()->masters(); }) {
-      return fabric::clip_gradients(optimizer.optimizer(), tolerant(clip),
-                                    optimizer.states().front()->combine(clip.norm_type));
+    if constexpr (requires { Engine::clip_gradients(optimizer.states().front(), optimizer.optimizer(), clip); }) {
+      return Engine::clip_gradients(optimizer.states().front(), optimizer.optimizer(), tolerant(clip));
     } else {
       return fabric::clip_gradients(optimizer.optimizer(), tolerant(clip));
     }
@@ -450,6 +449,14 @@ class Fabric {
     }
   }
 
+  /// The ranks among which data are divided: all, unless some work on the same.
+  [[nodiscard]] World data_world() const {
+    if constexpr (requires { engine_.data_world(world_); }) {
+      return engine_.data_world(world_);
+    } else {
+      return world_;
+    }
+  }
   /// How a dataset's rows are dealt to the ranks, who must agree on it.
   [[nodiscard]] Shares dealt(std::optional<std::size_t> rows, const LoaderOptions& options) const {
     const std::string seed = options.shuffle ? ", seed " + std::to_string(options.seed) : "";
@@ -457,8 +464,9 @@ class Fabric {
                               {"rows " + std::to_string(rows.value_or(0)),
                                "batches of " + std::to_string(options.batch_size) +
                                    (options.shuffle ? ", shuffled" : "") + (options.pad ? ", padded" : "") + seed});
-    return {.replicas = static_cast<std::size_t>(world_.size),
-            .rank = static_cast<std::size_t>(world_.global_rank),
+    const World data = data_world();
+    return {.replicas = static_cast<std::size_t>(data.size),
+            .rank = static_cast<std::size_t>(data.global_rank),
             .shuffle = options.shuffle,
             .seed = options.seed,
             .pad = options.pad};

@@ -89,12 +89,34 @@ struct CnnImpl : torch::nn::Module {
 };
 TORCH_MODULE(Cnn);
 
+struct MlpImpl : torch::nn::Module {
+  torch::nn::LayerNorm norm{register_module("norm", torch::nn::LayerNorm(torch::nn::LayerNormOptions({8})))};
+  torch::nn::Linear up{register_module("up", torch::nn::Linear(8, 24))};
+  torch::nn::Linear down{register_module("down", torch::nn::Linear(24, 8))};
+  at::Tensor forward(const at::Tensor& x) { return x + down(torch::gelu(up(norm(x)))); }
+};
+TORCH_MODULE(Mlp);
+
+struct MlpsImpl : torch::nn::Module {
+  torch::nn::ModuleList blocks{register_module("blocks", torch::nn::ModuleList(Mlp(), Mlp(), Mlp()))};
+  at::Tensor forward(at::Tensor x) {
+    for (const auto& block : *blocks) x = block->as<MlpImpl>()->forward(x);
+    return x;
+  }
+  static std::pair<at::Tensor, at::Tensor> batch(int rows) {
+    return {torch::randn({rows, 8}, torch::kDouble), torch::randn({rows, 8}, torch::kDouble)};
+  }
+  static at::Tensor loss(const at::Tensor& output, const at::Tensor& target) { return torch::mse_loss(output, target); }
+};
+TORCH_MODULE(Mlps);
+
 struct Recipe {
   bool torch_optimizer = false;
   int accumulate = 1;
   bool reduces_each = false;  ///< Reduce in each backward of an accumulation, not in the last alone.
   double clip = 0;
   int steps = 20;
+  bool same_data = false;  ///< On all ranks.
 };
 
 /// What the ranks agree on: all parameters and buffers, whole, and the norms that clipping returned.
@@ -122,7 +144,8 @@ Trained train(F& fabric, const Recipe& recipe) {
   for (int step = 0; step < recipe.steps; ++step) {
     wrapped.zero_grad();
     for (int part = 0; part < recipe.accumulate; ++part) {
-      torch::manual_seed(static_cast<std::uint64_t>(1000 * step + 10 * part + fabric.global_rank()));
+      torch::manual_seed(
+          static_cast<std::uint64_t>(1000 * step + 10 * part + (recipe.same_data ? 0 : fabric.global_rank())));
       const auto [x, y] = Impl::batch(3);
       const auto guard = fabric.no_backward_sync(model, !recipe.reduces_each && part + 1 < recipe.accumulate);
       fabric.backward(Impl::loss(model(x), y) / recipe.accumulate);
@@ -134,7 +157,10 @@ Trained train(F& fabric, const Recipe& recipe) {
     wrapped.step();
   }
   const auto keep = [&] {
-    for (const auto& tensor : net->parameters()) trained.tensors.push_back(tensor.detach().clone());
+    for (const auto& tensor : net->parameters()) {
+      const auto slice = tensor_slice_of(tensor);
+      trained.tensors.push_back(slice ? full_tensor(*slice) : tensor.detach().clone());
+    }
     for (const auto& tensor : net->buffers()) trained.tensors.push_back(tensor.detach().clone());
   };
   if constexpr (requires { model.state()->with_full_parameters(keep); }) {
@@ -214,6 +240,21 @@ TEST_CASE("[issue-8.1] a transformer with tied weights: every stage and mode tra
 TEST_CASE("[issue-8.1] a CNN with BatchNorm: every stage and mode trains as Ddp does") {
   const tests::DoubleOutputs doubles;
   compare_all<Cnn>(Units::by_name({"conv1", "conv2", "head"}));
+}
+
+TEST_CASE("[issue-8.1] with layers divided by a plan, and the rest sharded over the ranks that have the same slices") {
+  const tests::DoubleOutputs doubles;
+  // The ranks of a tensor group see the same data: here all ranks do.
+  const Recipe recipe{.accumulate = 2, .clip = 0.5, .same_data = true};
+  Trained expected;
+  on_ranks<F64>([&](auto& fabric) { expected = train<Mlps>(fabric, recipe); });
+  const TensorParallelPlan plan{{"blocks.*.up", Colwise{}}, {"blocks.*.down", Rowwise{}}};
+  on_ranks<F64, Sharded>({.tensor_parallel = plan, .tensor_parallel_size = 2, .units = Units::by_type<MlpImpl>()},
+                         [&](auto& fabric) { REQUIRE(difference(train<Mlps>(fabric, recipe), expected) < 1e-12); });
+  const auto refused = [&](ShardingOptions options) {
+    Fabric<Cpu, DeepSpeed<2>, F32> fabric({.devices = 2, .strategy = std::move(options)});
+  };
+  REQUIRE_THROWS_WITH(refused({.tensor_parallel = plan}), ContainsSubstring("only ModelParallel divides layers"));
 }
 
 TEST_CASE("[issue-8.1] and so they do on four processes") { tests::again_on_ranks(4); }

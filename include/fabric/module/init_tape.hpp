@@ -19,6 +19,7 @@
 #include <torch/torch.h>
 
 #include "fabric/error.hpp"
+#include "fabric/interception.hpp"
 #include "fabric/module/init_step.hpp"
 
 namespace fabric::detail {
@@ -92,9 +93,8 @@ class InitTape : public std::enable_shared_from_this<InitTape> {
   /// The operator that was last recorded or tried.
   [[nodiscard]] const std::string& last_operator() const { return last_operator_; }
 
-  /// The key under which operators are seen before anything else of LibTorch does something about them. It is there for
-  /// tests of such keys, so that nothing else has it.
-  static constexpr c10::DispatchKey key = c10::DispatchKey::TESTING_ONLY_GenericMode;
+  /// The key under which operators are seen before anything else of LibTorch does something about them.
+  static constexpr c10::DispatchKey key = Interception::key;
 
  private:
   using Stack = torch::jit::Stack;
@@ -116,21 +116,11 @@ class InitTape : public std::enable_shared_from_this<InitTape> {
   }
   static void let_go(void* context) { delete static_cast<std::shared_ptr<InitTape>*>(context); }
 
-  static void intercept() {
-    static const bool once = [] {
-      static torch::Library all(torch::Library::IMPL, "_", key, __FILE__, __LINE__);
-      all.fallback(torch::CppFunction::makeFromBoxedFunction<&InitTape::on_operator>());
-      return true;
-    }();
-    static_cast<void>(once);
-  }
-  static void on_operator(const c10::OperatorHandle& op, Stack* stack) {
-    const c10::impl::ExcludeDispatchKeyGuard below(key);
-    if (InitTape* tape = current()) {
-      tape->record(op, *stack);
-    } else {
-      op.callBoxed(stack);
-    }
+  static void intercept() { Interception::add(Interception::Part::deferred_init, &InitTape::on_operator); }
+  static bool on_operator(const c10::OperatorHandle& op, Stack* stack) {
+    InitTape* tape = current();
+    if (tape != nullptr) tape->record(op, *stack);
+    return tape != nullptr;
   }
 
   // Recording.

@@ -19,6 +19,7 @@ struct ShardGroups {
   World shard;      ///< Among whom each unit is divided; without a group where that is nobody else.
   World prefetch;   ///< The same ranks, for what is gathered while gradients are reduced.
   World replicate;  ///< The ranks that hold the same part in other shard groups.
+  World tensor;     ///< The ranks that hold slices of the same layers (tensor parallelism), who see the same data.
 };
 
 namespace detail {

@@ -13,6 +13,7 @@
 #include <torch/torch.h>
 
 #include "fabric/error.hpp"
+#include "fabric/interception.hpp"
 #include "fabric/module/deferred_init.hpp"
 #include "fabric/module/parameters.hpp"
 #include "fabric/shard/exchange.hpp"
@@ -90,7 +91,9 @@ class FlatUnit {
     if (!options_.folder.empty()) move_to_file();
     for (Slot& slot : slots_) {
       Shard& shard = slot.shard;
+      const c10::DispatchKeySet intercepted = keys_of(shard.parameter) & others_keys;
       become(shard.parameter, range(whole_, slot).view(shard.parameter.sizes()).variable_data());
+      keys_of(shard.parameter) = keys_of(shard.parameter) | intercepted;
       shard.master = own_range(master_, slot).variable_data().set_requires_grad(trained_);
     }
     release();
@@ -255,6 +258,8 @@ class FlatUnit {
   }
 
  private:
+  /// By which tensor-parallel layers are known.
+  static constexpr c10::DispatchKeySet others_keys{c10::DispatchKey::TESTING_ONLY_GenericMode};
   /// Each parameter begins where vector loads are fast.
   static constexpr std::int64_t alignment = 16;
 

@@ -14,6 +14,7 @@
 #include <torch/torch.h>
 
 #include "fabric/connector/flags.hpp"
+#include "fabric/shard/tensor_parallel.hpp"
 
 namespace fabric {
 
@@ -84,8 +85,10 @@ class Units {
 
 /// What may be tuned of the strategies that shard.
 struct ShardingOptions {
-  Sharding sharding = Sharding::full;  ///< Of Fsdp and ModelParallel; DeepSpeed's stage says it otherwise.
-  int shard_group_size = 0;            ///< Of Sharding::hybrid; by default the processes of one node.
+  Sharding sharding = Sharding::full;    ///< Of Fsdp and ModelParallel; DeepSpeed's stage says it otherwise.
+  int shard_group_size = 0;              ///< Of Sharding::hybrid; by default the processes of one node.
+  TensorParallelPlan tensor_parallel{};  ///< ModelParallel: layers that are divided before the rest is sharded.
+  int tensor_parallel_size = 0;          ///< Over how many ranks; 0: with a plan, over the processes of one node.
   Units units{};
   bool reshard_after_forward = true;    ///< Give a unit's memory back between its forward and its backward.
   bool prefetch = true;                 ///< Gather the next unit, known from the step before, while this one computes.

@@ -2,7 +2,6 @@
 #pragma once
 
 #include <algorithm>
-#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <functional>
@@ -12,6 +11,7 @@
 #include <string>
 #include <type_traits>
 #include <unordered_map>
+#include <unordered_set>
 #include <utility>
 #include <vector>
 
@@ -28,6 +28,7 @@
 #include "fabric/shard/group_parameters.hpp"
 #include "fabric/shard/offloaded_state.hpp"
 #include "fabric/shard/options.hpp"
+#include "fabric/shard/tensor_slice.hpp"
 #include "fabric/shard/use_on_demand.hpp"
 
 namespace fabric {
@@ -99,7 +100,10 @@ class ShardedModule : private detail::UnitOwner {
       if ((*unit)->trained()) order_.push_back(unit->get());
     }
     for (const auto& unit : units_) {
-      for (const auto& slot : unit->slots()) shards_.push_back(slot.shard);
+      for (const auto& slot : unit->slots()) {
+        shards_.push_back(slot.shard);
+        if (tensor_slice_of(slot.shard.parameter)) sliced_.insert(slot.shard.master.unsafeGetTensorImpl());
+      }
     }
   }
 
@@ -191,12 +195,9 @@ class ShardedModule : private detail::UnitOwner {
     release_all();
   }
 
-  /// What makes a norm of this rank's parts one of all of them: the `combine` of `clip_gradients`.
-  [[nodiscard]] auto combine(double norm_type) const {
-    return [this, op = std::isinf(norm_type) ? ReduceOp::max : ReduceOp::sum](const at::Tensor& own) {
-      const World& shard = exchange_->groups().shard;
-      return all_reduce(shard, own.to(shard.device), op);
-    };
+  /// Is this master one of a slice, which other ranks of the tensor group do not have?
+  [[nodiscard]] bool is_sliced(const at::Tensor& master) const {
+    return sliced_.contains(master.unsafeGetTensorImpl());
   }
 
   [[nodiscard]] Memory memory() const {
@@ -482,6 +483,7 @@ class ShardedModule : private detail::UnitOwner {
   std::vector<std::unique_ptr<Unit>> units_;
   std::vector<std::unique_ptr<detail::OffloadedState>> offloaded_;
   std::vector<Shard> shards_;
+  std::unordered_set<const c10::TensorImpl*> sliced_;  // of the masters
   std::vector<at::Tensor> buffers_;
   bool buffers_differ_ = false;
 

@@ -14,6 +14,7 @@
 #include "fabric/comm/collectives.hpp"
 #include "fabric/comm/world.hpp"
 #include "fabric/error.hpp"
+#include "fabric/interception.hpp"
 #include "fabric/libtorch.hpp"
 #include "fabric/shard/tensor_slice.hpp"
 
@@ -143,11 +144,8 @@ class TensorOperators {
  private:
   using Known = std::shared_ptr<const SlicedParameter>;
 
-  struct Keys : c10::TensorImpl {
-    using c10::TensorImpl::key_set_;
-  };
   static void mark(const at::Tensor& parameter) {
-    c10::DispatchKeySet& keys = parameter.unsafeGetTensorImpl()->*(&Keys::key_set_);
+    c10::DispatchKeySet& keys = keys_of(parameter);
     if (!keys.has(key)) keys = keys.add(key);
   }
 

@@ -10,10 +10,10 @@
 #include <utility>
 #include <vector>
 
-#include <torch/library.h>
 #include <torch/torch.h>
 
 #include "fabric/error.hpp"
+#include "fabric/interception.hpp"
 #include "fabric/shard/flat_unit.hpp"
 
 namespace fabric::detail {
@@ -39,8 +39,7 @@ class UnitOwner {
 /// the operator. Operators on other tensors never come here, so that they cost nothing.
 class UseOnDemand {
  public:
-  /// Left to tests by LibTorch, above autograd and autocast.
-  static constexpr c10::DispatchKey key = c10::DispatchKey::TESTING_ONLY_GenericWrapper;
+  static constexpr c10::DispatchKey key = Interception::key;
 
   [[nodiscard]] static UseOnDemand& instance() {
     static UseOnDemand on_demand;
@@ -49,7 +48,7 @@ class UseOnDemand {
 
   /// From here on, operators on the unit's parameters ask `owner` first.
   void add(FlatUnit& unit, UnitOwner& owner) {
-    intercept();
+    Interception::add(Interception::Part::sharding, &UseOnDemand::call);
     const std::unique_lock lock(mutex_);
     units_[unit.storage()] = {&unit, &owner};
     for (const FlatUnit::Slot& slot : unit.slots())
@@ -82,7 +81,7 @@ class UseOnDemand {
     return found == units_.end() ? Entry{} : found->second;
   }
 
-  static void call(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
+  static bool call(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
     const auto& arguments = op.schema().arguments();
     std::vector<Needed> needed;
     const auto look = [&](const at::Tensor& tensor, std::size_t i) {
@@ -114,8 +113,8 @@ class UseOnDemand {
       }
     }
     for (const Needed& each : needed) each.owner->use(each.units);
-    const c10::impl::ExcludeDispatchKeyGuard once(key);
     op.callBoxed(*stack);
+    return true;
   }
 
   [[noreturn]] static void refuse_change(const c10::OperatorHandle& op, const FlatUnit& unit,
@@ -127,26 +126,6 @@ class UseOnDemand {
     throw Error("fabric: " + op.operator_name().name + " would change the parameter " + name +
                 " in place, which is sharded: the change would be lost. Change it before setup, or inside "
                 "`model.state()->with_full_parameters([&] { ... })`");
-  }
-
-  static void intercept() {
-    static torch::Library operators = [] {
-      torch::Library library(torch::Library::IMPL, "_", key, __FILE__, __LINE__);
-      library.fallback(torch::CppFunction::makeFromBoxedFunction<&boxed>());
-      return library;
-    }();
-    static_cast<void>(operators);
-  }
-  static void boxed(const c10::OperatorHandle& op, c10::DispatchKeySet /*keys*/, torch::jit::Stack* stack) {
-    call(op, stack);
-  }
-
-  /// LibTorch keeps a tensor's keys to itself and those that derive from it.
-  struct KeyAccess : c10::TensorImpl {
-    static c10::DispatchKeySet& keys(c10::TensorImpl& tensor) { return tensor.*(&KeyAccess::key_set_); }
-  };
-  static c10::DispatchKeySet& keys_of(const at::Tensor& tensor) {
-    return KeyAccess::keys(*tensor.unsafeGetTensorImpl());
   }
 
   mutable std::shared_mutex mutex_;

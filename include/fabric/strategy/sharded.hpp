@@ -1,8 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
+#include <cstdint>
 #include <memory>
+#include <optional>
 #include <string>
 #include <type_traits>
 #include <utility>
@@ -10,18 +13,23 @@
 
 #include <torch/torch.h>
 
+#include "fabric/comm/collectives.hpp"
+#include "fabric/comm/device_mesh.hpp"
 #include "fabric/comm/process_group.hpp"
 #include "fabric/comm/subgroup.hpp"
 #include "fabric/connector/selection.hpp"
 #include "fabric/error.hpp"
 #include "fabric/launch/processes.hpp"
+#include "fabric/module/deferred.hpp"
 #include "fabric/policy/strategy_precision.hpp"
 #include "fabric/precision/precision_plugin.hpp"
 #include "fabric/precision/sharded_precision.hpp"
 #include "fabric/shard/adopt_optimizer.hpp"
 #include "fabric/shard/offload.hpp"
 #include "fabric/shard/options.hpp"
+#include "fabric/shard/sharded_clip.hpp"
 #include "fabric/shard/sharded_module.hpp"
+#include "fabric/shard/tensor_parallel.hpp"
 #include "fabric/strategy/engine.hpp"
 #include "fabric/strategy/sync_guard.hpp"
 
@@ -31,11 +39,8 @@ namespace detail {
 
 /// The ranks of a job in shard groups of `size` neighbours. All ranks call this together.
 inline ShardGroups make_shard_groups(const World& world, int size) {
-  ShardGroups groups{.world = world, .shard = world, .prefetch = world, .replicate = world};
-  World alone = world;
-  alone.size = 1;
-  alone.global_rank = 0;
-  alone.group.reset();
+  const World alone = world_of(world, {});
+  ShardGroups groups{.world = world, .shard = world, .prefetch = world, .replicate = world, .tensor = alone};
   if (size == world.size) {
     groups.replicate = alone;
   } else if (size == 1) {
@@ -80,30 +85,41 @@ class ShardedEngine {
   /// `options` with what a strategy object brought in the selection.
   static Options merged(Options options, const StrategyOptions& brought) {
     if (brought.sharding != Sharding::full) options.sharding = brought.sharding;
+    if (brought.tensor_parallel_size > 0) options.tensor_parallel_size = brought.tensor_parallel_size;
     return options;
   }
 
   World launch(const Selection& selection, at::Device device) {
-    World world = join_world(selection, device, launch_options());
-    groups_ = make_shard_groups(world, shard_group_size(world));
-    return world;
+    return join_world(selection, device, launch_options());
   }
   [[nodiscard]] LaunchOptions launch_options() const {
     return {.timeout = options_.timeout, .detect_desync = options_.detect_desync, .log_dir = options_.log_dir};
   }
 
   void setup(ShardedModule& state, torch::nn::Module& module, const World& world, const StrategyPrecision& precision) {
-    groups_.world = world;
+    const ShardGroups& groups = groups_of(world);
+    if (!options_.tensor_parallel.entries.empty()) {
+      require_memory(module, world.device);
+      parallelize_module(module, groups.tensor, options_.tensor_parallel);
+    }
     Options options = options_;
     if (options.sharding == Sharding::grad_op) options.reshard_after_forward = false;
-    state.setup(module, groups_, options, layout(world, precision));
+    state.setup(module, groups, options, layout(world, precision));
   }
+  /// The ranks among which data are divided.
+  [[nodiscard]] World data_world(const World& world) const { return groups_of(world).world; }
   static void adopt(torch::optim::Optimizer& optimizer, const std::vector<std::shared_ptr<ShardedModule>>& states) {
     adopt_optimizer(optimizer, states);
   }
   template <class Run>
   static auto forward(ShardedModule& state, Run&& run) {
     return state.forward(std::forward<Run>(run));
+  }
+  /// `clip_gradients` of a module's masters, or of an optimizer that has them.
+  template <class Owner>
+  static at::Tensor clip_gradients(const std::shared_ptr<ShardedModule>& state, const Owner& owner,
+                                   const ClipNorm& clip) {
+    return clip_sharded_gradients(*state, owner, clip);
   }
   /// `step()`, which steps the optimizer, for all parameters at once or, where its state is in files, for one unit
   /// after the other.
@@ -138,7 +154,30 @@ class ShardedEngine {
     if (options_.units_in_flight < 1) {
       problems += "\n  units_in_flight: " + std::to_string(options_.units_in_flight) + "; one or more is legal";
     }
+    const bool divides = !options_.tensor_parallel.entries.empty() || options_.tensor_parallel_size > 1;
+    if (divides && (is_deepspeed || facts.family == StrategyFamily::fsdp)) {
+      problems += "\n  tensor_parallel: only ModelParallel divides layers";
+    }
+    if (options_.tensor_parallel_size > 1 && options_.tensor_parallel.entries.empty()) {
+      problems += "\n  tensor_parallel_size: without a plan (tensor_parallel) no layer is divided";
+    }
     if (!problems.empty()) throw Error("fabric: the options of " + std::string(facts.name.view()) + ":" + problems);
+  }
+
+  /// Made when they are first needed, by all ranks together.
+  [[nodiscard]] const ShardGroups& groups_of(const World& world) const {
+    if (groups_) return *groups_;
+    int tensor_size = std::max(options_.tensor_parallel_size, 1);
+    if (options_.tensor_parallel_size == 0 && !options_.tensor_parallel.entries.empty())
+      tensor_size = local_size(world);
+    if (tensor_size == 1) {
+      groups_ = make_shard_groups(world, shard_group_size(world));
+    } else {
+      const DeviceMesh mesh = make_mesh(world, tensor_size);
+      groups_ = make_shard_groups(mesh.data, shard_group_size(mesh.data));
+      groups_->tensor = mesh.tensor;
+    }
+    return *groups_;
   }
 
   [[nodiscard]] int shard_group_size(const World& world) const {
@@ -178,7 +217,7 @@ class ShardedEngine {
     const bool exact = is_deepspeed && precision.module && *precision.module != Scalar::f64;
     layout.master = [](at::ScalarType kept) { return kept; };
     if (precision.module) layout.master = converted(exact ? Scalar::f32 : *precision.module);
-    const bool is_alone = groups_.shard.size == 1;
+    const bool is_alone = groups_of(world).shard.size == 1;
     layout.frees_parameters = !is_alone && (!is_deepspeed || facts.stage == 3);
     layout.frees_buckets = !is_deepspeed || facts.stage > 1;
     layout.master_device = is_offloaded(facts.optimizer_offload) ? at::Device(at::kCPU) : world.device;
@@ -189,7 +228,7 @@ class ShardedEngine {
   static constexpr bool is_offloaded(Offload offload) { return offload != Offload::none; }
 
   Options options_;
-  ShardGroups groups_;
+  mutable std::optional<ShardGroups> groups_;
 };
 
 }  // namespace detail
