@@ -568,7 +568,9 @@ class Fabric {
   }
 
   static Scaler make_scaler(const PrecisionOptions& options) {
-    if constexpr (Plugin::has_scaler) {
+    if constexpr (requires { Plugin::scaler_options(options); }) {
+      return std::make_shared<GradScaler>(Plugin::scaler_options(options));
+    } else if constexpr (Plugin::has_scaler) {
       return std::make_shared<GradScaler>(options);
     } else {
       return {};

@@ -373,3 +373,34 @@ TEST_CASE("[issue-5.2] a scaler outlives its optimizers, and they it") {
   fabric.backward(one.loss(1));
   CHECK(fabric.scaler().get_scale() == 2 * 65536);
 }
+
+TEST_CASE(
+    "[issue-8.5] with hysteresis, the factor shrinks at the second skipped step since it grew, to min_scale at most") {
+  // What DeepSpeed's DynamicLossScaler does with scale_window 2, delayed_shift 2 and min_scale 4, from 16 on.
+  GradScaler scaler({.init_scale = 16, .growth_interval = 2, .hysteresis = 2, .min_scale = 4});
+  One one;
+  const auto optimizer = std::make_shared<torch::optim::SGD>(std::vector{one.weight}, 0.1);
+  const auto gradients = scaler.watch(optimizer);
+  const auto after = [&](bool overflows) {
+    optimizer->zero_grad();
+    const at::Tensor loss = scaler.scale((one.weight * (overflows ? infinity : 1.0F)).sum());
+    loss.backward();
+    REQUIRE(static_cast<bool>(scaler.step(*optimizer, *gradients)) == !overflows);
+    scaler.update();
+    return scaler.get_scale();
+  };
+  CHECK(after(true) == 16);  // the first is forgiven
+  CHECK(scaler.state_dict().as<Dict>("").at("cur_hysteresis").as<std::int64_t>("") == 1);
+  CHECK(after(true) == 8);
+  CHECK(after(true) == 4);  // and forgiveness is used up
+  CHECK(after(true) == 4);
+  CHECK(after(false) == 4);
+  CHECK(after(false) == 8);  // grown: forgiveness is back
+  CHECK(after(true) == 8);
+  CHECK(after(true) == 4);
+  GradScaler resumed({.init_scale = 16, .growth_interval = 2, .hysteresis = 2, .min_scale = 4});
+  resumed.load_state_dict(scaler.state_dict());
+  CHECK(resumed.state_dict().as<Dict>("").at("cur_hysteresis").as<std::int64_t>("") == 1);
+  CHECK_THROWS_WITH(GradScaler({.init_scale = 2, .hysteresis = 0, .min_scale = 4}),
+                    ContainsSubstring("hysteresis is 0") && ContainsSubstring("min_scale is 4"));
+}

@@ -25,6 +25,8 @@ struct GradScalerOptions {
   double growth_factor = 2.0;           ///< The factor grows by this after `growth_interval` good steps in a row,
   double backoff_factor = 0.5;          ///< and shrinks by this after a skipped one.
   std::int64_t growth_interval = 2000;  ///< In iterations.
+  int hysteresis = 1;    ///< Shrink at the so many-th skipped step since the factor last grew. PyTorch has 1.
+  double min_scale = 0;  ///< The factor does not shrink below this.
 };
 
 /// Whether a step of an optimizer changed the parameters, or was skipped since gradients overflowed. On a GPU the
@@ -80,6 +82,9 @@ class GradScaler {
             "between 0 and 1 is legal");
     require(options.growth_interval > 0, "growth_interval", static_cast<double>(options.growth_interval),
             "1 or more is legal");
+    require(options.hysteresis > 0, "hysteresis", options.hysteresis, "1 or more is legal");
+    require(options.min_scale >= 0 && options.min_scale <= options.init_scale, "min_scale", options.min_scale,
+            "from 0 to init_scale is legal");
     if (!problems.empty()) throw Error("fabric: GradScaler:" + problems);
   }
 
@@ -161,23 +166,26 @@ class GradScaler {
   /// next backward.
   void update() {
     if (!found_inf_.defined()) return;
-    auto [scale, growth_tracker] = updated();
+    auto [scale, growth_tracker, patience] = updated();
     become(std::move(scale), std::move(growth_tracker));
+    patience_ = patience;
   }
 
   /// The factor of the next backward. Waits for the device.
-  [[nodiscard]] double get_scale() const { return updated().first.item<float>(); }
+  [[nodiscard]] double get_scale() const { return updated().scale.item<float>(); }
   /// How many good iterations there were since the factor last changed. Waits for the device.
-  [[nodiscard]] std::int64_t get_growth_tracker() const { return updated().second.item<int>(); }
+  [[nodiscard]] std::int64_t get_growth_tracker() const { return updated().growth_tracker.item<int>(); }
   [[nodiscard]] const Options& options() const { return options_; }
 
   /// Everything that a resumed run needs, under the keys of Python's GradScaler.
   [[nodiscard]] Value state_dict() const {
-    return Dict{{"scale", get_scale()},
-                {"growth_factor", options_.growth_factor},
-                {"backoff_factor", options_.backoff_factor},
-                {"growth_interval", options_.growth_interval},
-                {"_growth_tracker", get_growth_tracker()}};
+    Dict state{{"scale", get_scale()},
+               {"growth_factor", options_.growth_factor},
+               {"backoff_factor", options_.backoff_factor},
+               {"growth_interval", options_.growth_interval},
+               {"_growth_tracker", get_growth_tracker()}};
+    if (options_.hysteresis > 1) state["cur_hysteresis"] = std::int64_t{updated().patience};  // DeepSpeed's name
+    return state;
   }
   /// Takes a state of `state_dict`, or of Python's. Throws fabric::Error, and then has changed nothing.
   void load_state_dict(const Value& state) {
@@ -190,8 +198,15 @@ class GradScaler {
     const auto tracker = entries.at("_growth_tracker").as<std::int64_t>("GradScaler's _growth_tracker");
     GradScaler loaded(options);  // which checks them
     if (tracker < 0) throw Error("fabric: GradScaler's _growth_tracker is " + std::to_string(tracker) + ", below 0");
+    std::int64_t patience = options_.hysteresis;
+    if (const Value* saved = entries.find("cur_hysteresis")) {
+      patience = std::clamp<std::int64_t>(saved->as<std::int64_t>("GradScaler's cur_hysteresis"), 1, patience);
+    }
     become(loaded.scale_.to(world_.device), at::full({}, tracker, growth_tracker_.options()));
-    options_ = {options_.init_scale, options.growth_factor, options.backoff_factor, options.growth_interval};
+    patience_ = static_cast<int>(patience);
+    options_.growth_factor = options.growth_factor;
+    options_.backoff_factor = options.backoff_factor;
+    options_.growth_interval = options.growth_interval;
   }
 
  private:
@@ -238,14 +253,29 @@ class GradScaler {
     for (auto& [dtype, tensors] : by_dtype(gradients)) at::_foreach_mul_(tensors, factor);
   }
 
-  /// Factor and tracker with the steps since the last update.
-  [[nodiscard]] std::pair<at::Tensor, at::Tensor> updated() const {
-    if (!found_inf_.defined()) return {scale_, growth_tracker_};
+  struct Updated {
+    at::Tensor scale;
+    at::Tensor growth_tracker;
+    int patience;
+  };
+  /// All of it with the steps since the last update.
+  [[nodiscard]] Updated updated() const {
+    if (!found_inf_.defined()) return {scale_, growth_tracker_, patience_};
     at::Tensor scale = scale_.clone();
     at::Tensor growth_tracker = growth_tracker_.clone();
     at::_amp_update_scale_(scale, growth_tracker, found_inf_, options_.growth_factor, options_.backoff_factor,
                            options_.growth_interval);
-    return {scale, growth_tracker};
+    int patience = patience_;
+    if (options_.hysteresis > 1) {  // which waits for the device
+      if (found_inf_.item<float>() == 0) {
+        if ((scale > scale_).item<bool>()) patience = options_.hysteresis;
+      } else if (patience > 1) {
+        --patience;
+        scale = scale_.clone();
+      }
+    }
+    if (options_.min_scale > 0) scale.clamp_min_(options_.min_scale);
+    return {scale, growth_tracker, patience};
   }
   /// From here on the factor is `scale`, for gradients that are scaled too.
   void become(at::Tensor scale, at::Tensor growth_tracker) {
@@ -259,9 +289,10 @@ class GradScaler {
 
   Options options_;
   World world_;
-  at::Tensor scale_;           // float32, no dimensions
-  at::Tensor growth_tracker_;  // int32, no dimensions
-  at::Tensor found_inf_;       // over the steps since the last update; undefined if there were none
+  at::Tensor scale_;                    // float32, no dimensions
+  at::Tensor growth_tracker_;           // int32, no dimensions
+  at::Tensor found_inf_;                // over the steps since the last update; undefined if there were none
+  int patience_ = options_.hysteresis;  // how many more skipped steps until the factor shrinks
   bool was_used_ = false;
   std::vector<std::weak_ptr<Gradients>> watched_;
 };

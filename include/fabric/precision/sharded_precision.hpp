@@ -1,6 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <optional>
 #include <type_traits>
 #include <utility>
 
@@ -21,7 +25,19 @@ class ShardedPrecision {
   static constexpr StrategyPrecision traits = strategy_precision_v<S, P>;
   static constexpr bool has_scaler = traits.scaling != GradientScaling::none;
 
-  using Options = std::conditional_t<has_scaler, GradScalerOptions, NoOptions>;
+  static constexpr bool scales_by_itself = traits.scaling == GradientScaling::engine;
+
+  using Options = std::conditional_t<scales_by_itself, DynamicLossScale,
+                                     std::conditional_t<has_scaler, GradScalerOptions, NoOptions>>;
+  /// DeepSpeed's loss scale, as a `GradScaler` does it.
+  static GradScalerOptions scaler_options(const DynamicLossScale& options) requires scales_by_itself {
+    const bool is_fixed = options.loss_scale > 0;
+    const double first = is_fixed ? options.loss_scale : std::ldexp(1.0, options.initial_scale_power);
+    return {.init_scale = first,
+            .growth_interval = is_fixed ? std::numeric_limits<std::int32_t>::max() : options.loss_scale_window,
+            .hysteresis = options.hysteresis,
+            .min_scale = is_fixed ? first : options.min_loss_scale};
+  }
   struct InitContext : DefaultDtypeGuard {
     InitContext() : DefaultDtypeGuard(dtype_of(traits.init)) {}
   };
