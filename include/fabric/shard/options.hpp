@@ -14,6 +14,7 @@
 #include <torch/torch.h>
 
 #include "fabric/connector/flags.hpp"
+#include "fabric/module/activation_checkpointing.hpp"
 #include "fabric/shard/tensor_parallel.hpp"
 
 namespace fabric {
@@ -90,9 +91,11 @@ struct ShardingOptions {
   TensorParallelPlan tensor_parallel{};  ///< ModelParallel: layers that are divided before the rest is sharded.
   int tensor_parallel_size = 0;          ///< Over how many ranks; 0: with a plan, over the processes of one node.
   Units units{};
-  bool reshard_after_forward = true;    ///< Give a unit's memory back between its forward and its backward.
-  bool prefetch = true;                 ///< Gather the next unit, known from the step before, while this one computes.
-  int units_in_flight = 2;              ///< How many units may be whole at once, with the one that is being fetched.
+  bool reshard_after_forward = true;  ///< Give a unit's memory back between its forward and its backward.
+  bool prefetch = true;               ///< Gather the next unit, known from the step before, while this one computes.
+  int units_in_flight = 2;            ///< How many units may be whole at once, with the one that is being fetched.
+  std::optional<ActivationCheckpointing>
+      activation_checkpointing{};       ///< Of the blocks that forward marks; see recompute.
   bool find_unused_parameters = false;  ///< Allow parameters without a part in the loss; one more small collective.
   bool broadcast_buffers = true;        ///< Buffers (BatchNorm's statistics) are rank 0's in each step and after it.
   std::optional<at::ScalarType> reduce_dtype{};  ///< Of gradients on their way; by default as the precision says.

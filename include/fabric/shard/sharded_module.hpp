@@ -7,6 +7,7 @@
 #include <functional>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <sstream>
 #include <string>
 #include <type_traits>
@@ -21,6 +22,7 @@
 
 #include "fabric/comm/agreement.hpp"
 #include "fabric/error.hpp"
+#include "fabric/module/activation_checkpointing.hpp"
 #include "fabric/module/deferred_init.hpp"
 #include "fabric/module/parameters.hpp"
 #include "fabric/shard/exchange.hpp"
@@ -128,6 +130,8 @@ class ShardedModule : private detail::UnitOwner {
   /// Runs the module by `run()`. An exception leaves no unit whole.
   template <class Run>
   auto forward(Run&& run) {
+    std::optional<ActivationCheckpointingGuard> recomputed;
+    if (options_.activation_checkpointing) recomputed.emplace(*options_.activation_checkpointing);
     begin_forward();
     try {
       auto output = std::forward<Run>(run)();
