@@ -14,6 +14,7 @@
 #include <utility>
 #include <vector>
 
+#include "fabric/checkpoint.hpp"
 #include "fabric/comm/device_mesh.hpp"
 #include "fabric/precision/transformer_engine.hpp"
 #include "fabric/shard/sharded_module.hpp"
@@ -555,6 +556,18 @@ TEST_CASE("[issue-8.1] Ddp refuses a divided module, whose slices it would avera
     torch::nn::Linear net(8, 8);
     parallelize_module(*net, tensor_of_all(fabric.world()), {{"", Rowwise{.split_input = true}}});
     REQUIRE_THROWS_WITH(fabric.setup(net), ContainsSubstring("fabric: Ddp: 'weight' holds this rank's slice"));
+  });
+}
+
+TEST_CASE("[issue-8.7] a checkpoint refuses slices, which it would take for whole parameters") {
+  on_ranks<F32>([](auto& fabric) {
+    torch::nn::Linear net(8, 8);
+    fabric.save("/tmp/whole-" + std::to_string(fabric.world_size()) + ".pt", {{"model", net}});
+    parallelize_module(*net, tensor_of_all(fabric.world()), {{"", Rowwise{.split_input = true}}});
+    REQUIRE_THROWS_WITH(fabric.save("/tmp/slices.pt", {{"model", net}}),
+                        ContainsSubstring("'model.weight' is this rank's slice"));
+    REQUIRE_THROWS_WITH(fabric.load("/tmp/whole-" + std::to_string(fabric.world_size()) + ".pt", {{"model", net}}),
+                        ContainsSubstring("'model.weight' is this rank's slice"));
   });
 }
 

@@ -12,6 +12,7 @@
 #include "fabric/checkpoint/pickle_writer.hpp"
 #include "fabric/checkpoint/spread.hpp"
 #include "fabric/checkpoint/value.hpp"
+#include "fabric/shard/tensor_slice.hpp"
 
 /// A module's parameters and buffers under the keys that Python's `Module.state_dict()` gives them, in its order: a
 /// module's own parameters, its own buffers, then its children's.
@@ -28,10 +29,16 @@ void for_each_entry(const torch::nn::Module& module, const std::string& prefix, 
   for (const auto& item : module.named_children()) for_each_entry(*item.value(), inner_key(prefix, item.key()), visit);
 }
 
+/// What is wrong with a layer that tensor parallelism has divided.
+inline constexpr const char* is_a_slice =
+    "is this rank's slice of a parameter here (parallelize_module), which a checkpoint would take for all of it: save "
+    "and load `full_tensor(slice)` and `own_part(slice, full)` of `tensor_slices(module)`";
+
 [[nodiscard]] inline Value module_state(const torch::nn::Module& module, const std::string& name, Spread& spread) {
   Dict state;
   std::unordered_map<const c10::TensorImpl*, at::Tensor> stand_ins;  // the same one for tied parameters
   for_each_entry(module, "", [&](const std::string& key, const at::Tensor& tensor) {
+    if (tensor_slice_of(tensor)) refuse_to_write(inner_key(name, key), is_a_slice);
     if (const auto* parameter = spread.spread_parameter(tensor)) {
       at::Tensor& stand_in = stand_ins[tensor.unsafeGetTensorImpl()];
       if (!stand_in.defined()) stand_in = spread.stand_in(*parameter, parameter->shard->master);
@@ -58,6 +65,7 @@ inline void plan_module(const torch::nn::Module& module, const Value& value, con
   std::unordered_set<std::string> own;
   for_each_entry(module, "", [&](const std::string& key, const at::Tensor& tensor) {
     own.insert(key);
+    if (tensor_slice_of(tensor)) return plan.problem("'" + inner_key(name, key) + "' " + is_a_slice);
     const Value* saved = state->find(key);
     if (saved == nullptr) {
       plan.missing(inner_key(name, key));

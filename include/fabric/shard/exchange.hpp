@@ -15,11 +15,11 @@ namespace fabric {
 
 /// The processes among which a module is sharded, and those that hold the same shards.
 struct ShardGroups {
-  World world;      ///< All of them: those whose gradients are averaged.
-  World shard;      ///< Among whom each unit is divided; without a group where that is nobody else.
-  World prefetch;   ///< The same ranks, for what is gathered while gradients are reduced.
-  World replicate;  ///< The ranks that hold the same part in other shard groups.
-  World tensor;     ///< The ranks that hold slices of the same layers (tensor parallelism), who see the same data.
+  World world{};      ///< All of them: those whose gradients are averaged.
+  World shard{};      ///< Among whom each unit is divided; without a group where that is nobody else.
+  World prefetch{};   ///< The same ranks, for what is gathered while gradients are reduced.
+  World replicate{};  ///< The ranks that hold the same part in other shard groups.
+  World tensor{};     ///< The ranks that hold slices of the same layers (tensor parallelism), who see the same data.
 };
 
 namespace detail {
