@@ -30,8 +30,8 @@ class SrunInAllocation(Srun):
         return Running(["salloc", "--job-name=train", "--nodes=2", "--ntasks-per-node=2", "srun", job, *self.flags(*arguments)], {**here, **(variables or {})})
 
 
-def slurm_says(*command):
-    return subprocess.run(command, env=environment(), stdout=subprocess.PIPE, text=True, check=True).stdout
+def slurm_says(*command, check=True):
+    return subprocess.run(command, env=environment(), stdout=subprocess.PIPE, text=True, check=check).stdout
 
 
 def wait_until(what, seconds=60):
@@ -89,11 +89,23 @@ exit $code
     first = read(output)
     stops = re.findall(r"rank \d stops after step (\d+)", first)
     assert len(stops) == 4 and len(set(stops)) == 1, first
-    # Slurm lets a job rest for two minutes before it begins again: not here.
-    wait_until(lambda: "PENDING" in slurm_says("scontrol", "show", "job", number))
-    slurm_says("scontrol", "update", "JobId=" + number, "StartTime=now")
+    # Slurm lets a job rest for two minutes before it begins again: not here. Begun before its old steps are gone from the
+    # nodes, it may fail there without having run: that is Slurm's, and then it is put back once more.
+    patience = time.monotonic() + 20
+
+    def begins_again():
+        if f"begins at step {stops[0]}\n" in read(output):
+            return True
+        if "JobState=FAILED" in slurm_says("scontrol", "show", "job", number):
+            slurm_says("scontrol", "requeue", number, check=False)
+        if "PENDING" in slurm_says("scontrol", "show", "job", number):
+            steps_run = subprocess.run(["pgrep", "-f", rf"slurmstepd: \[{number}\."], stdout=subprocess.DEVNULL)
+            if steps_run.returncode or time.monotonic() > patience:
+                slurm_says("scontrol", "update", "JobId=" + number, "StartTime=now", check=False)
+        return False
+
     try:
-        wait_until(lambda: f"begins at step {stops[0]}\n" in read(output), 100)
+        wait_until(begins_again, 100)
         wait_until(lambda: f"result={steps}." in read(output), 60)
     except AssertionError:
         print(read(output), slurm_says("squeue"), slurm_says("scontrol", "show", "job", number))
