@@ -194,9 +194,10 @@ def work(rank, port):
 def main():
     if len(sys.argv) > 3:
         work(int(sys.argv[2]), int(sys.argv[3]))
-        return
+        os._exit(0)  # past the end of PyTorch's threads, at which a process sometimes aborts
     content = work(0, 0)
     write(os.path.join(sys.argv[1] if len(sys.argv) > 1 else HERE, "fsdp2.json.gz"), content)
+    os._exit(0)
 
 
 if __name__ == "__main__":
