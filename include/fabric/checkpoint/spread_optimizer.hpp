@@ -17,6 +17,7 @@
 #include <torch/torch.h>
 
 #include "fabric/checkpoint/load_plan.hpp"
+#include "fabric/checkpoint/pickle_writer.hpp"
 #include "fabric/checkpoint/spread.hpp"
 #include "fabric/checkpoint/value.hpp"
 #include "fabric/error.hpp"
