@@ -81,18 +81,28 @@ decltype(auto) visit_selected(const Selection& selection, Visit&& visit) {
   });
 }
 
-/// Calls `run(fabric)` with a `Fabric` of the menu's entry that is selected, with these loggers and callbacks, and
-/// returns what it returns. An exception that leaves it ends the job on all ranks.
-template <class Menu, class Run>
-decltype(auto) dispatch(const Selection& selection, Run&& run, const std::vector<std::shared_ptr<Logger>>& loggers = {},
-                        const std::vector<std::shared_ptr<Callback>>& callbacks = {}) {
+/// Calls `run(fabric)` with a `Fabric` of the menu's entry that is selected, and returns what it returns. Before that,
+/// `adjust(options)` may change the entry's `Options`: a generic lambda that looks at what they have, such as
+/// `if constexpr (requires { options.strategy.units; }) options.strategy.units = Units::by_type<Block>();`. An
+/// exception that leaves `run` ends the job on all ranks.
+template <class Menu, class Run, class Adjust>
+requires(!std::is_convertible_v<Adjust, std::vector<std::shared_ptr<Logger>>>) decltype(auto)
+    dispatch(const Selection& selection, Run&& run, Adjust&& adjust) {
   return visit_selected<Menu>(selection, [&](auto entry) -> decltype(auto) {
     using F = typename decltype(entry)::type;
     typename F::Options options;
-    options.loggers = loggers;
-    options.callbacks = callbacks;
+    adjust(options);
     F fabric(selection, std::move(options));
     return detail::telling_failures([&]() -> decltype(auto) { return run(fabric); });
+  });
+}
+/// The same with these loggers and callbacks.
+template <class Menu, class Run>
+decltype(auto) dispatch(const Selection& selection, Run&& run, const std::vector<std::shared_ptr<Logger>>& loggers = {},
+                        const std::vector<std::shared_ptr<Callback>>& callbacks = {}) {
+  return dispatch<Menu>(selection, std::forward<Run>(run), [&](auto& options) {
+    options.loggers = loggers;
+    options.callbacks = callbacks;
   });
 }
 
@@ -101,6 +111,11 @@ template <class Menu, class Run>
 decltype(auto) dispatch(const Flags& flags, Run&& run, const std::vector<std::shared_ptr<Logger>>& loggers = {},
                         const std::vector<std::shared_ptr<Callback>>& callbacks = {}) {
   return dispatch<Menu>(resolve_for<Menu>(flags), std::forward<Run>(run), loggers, callbacks);
+}
+template <class Menu, class Run, class Adjust>
+requires(!std::is_convertible_v<Adjust, std::vector<std::shared_ptr<Logger>>>) decltype(auto)
+    dispatch(const Flags& flags, Run&& run, Adjust&& adjust) {
+  return dispatch<Menu>(resolve_for<Menu>(flags), std::forward<Run>(run), std::forward<Adjust>(adjust));
 }
 
 /// Adds `--accelerator`, `--strategy`, `--devices`, `--num-nodes`, `--precision`, `--environment` and `--log-dir` to a

@@ -1,8 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // From strings to one of the types that the program has.
+#include <cstdint>
 #include <cstdlib>
 #include <map>
+#include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -82,6 +85,21 @@ TEST_CASE("[issue-3.7] flags pick an entry of the menu") {
 TEST_CASE("[issue-3.7] LT_ variables pick an entry of the menu") {
   const SetVariables variables({{"LT_CLI_USED", "1"}, {"LT_ACCELERATOR", "cpu"}, {"LT_PRECISION", "64-true"}});
   CHECK(dispatch<SmallMenu>(Flags{}, name_of_fabric) == "Fabric<Cpu, SingleDevice, F64>");
+}
+
+TEST_CASE("[issue-3.7] a program adjusts the options of the entry that was chosen") {
+  const SetVariables none({});
+  struct Counter : Logger {
+    int rows = 0;
+    void log_metrics(const Metrics& /*metrics*/, std::optional<std::int64_t> /*step*/) override { ++rows; }
+  };
+  const auto counter = std::make_shared<Counter>();
+  const auto log = [](auto& fabric) { fabric.log("loss", 1.0); };
+  dispatch<SmallMenu>(Flags{.accelerator = "cpu"}, log, [&](auto& options) { options.loggers = {counter}; });
+  dispatch<SmallMenu>(Flags{.accelerator = "cpu"}, log, {counter});
+  const std::vector<std::shared_ptr<Logger>> loggers{counter};
+  dispatch<SmallMenu>(Flags{.accelerator = "cpu"}, log, loggers);
+  CHECK(counter->rows == 3);
 }
 
 TEST_CASE("[issue-3.7] a selection outside the menu is refused with the list of what is on it") {
