@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // labels: checkpoint torch
+// also: cuda
 //
 // Data sets that stream their rows, and batches that come to the device one ahead.
 #include <algorithm>

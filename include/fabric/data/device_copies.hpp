@@ -4,41 +4,12 @@
 #include <optional>
 #include <utility>
 
-#include <c10/core/Event.h>
-#include <c10/core/StreamGuard.h>
-#include <c10/core/impl/VirtualGuardImpl.h>
 #include <torch/torch.h>
 
+#include "fabric/side_stream.hpp"
 #include "fabric/tree.hpp"
 
 namespace fabric::detail {
-
-/// A stream of a device beside the current one. It knows CUDA only through LibTorch's registry of devices, so that it
-/// compiles without CUDA's headers.
-class SideStream {
- public:
-  explicit SideStream(at::Device device)
-      : stream_(c10::impl::VirtualGuardImpl(device.type()).getStreamFromGlobalPool(device)), done_(device.type()) {}
-
-  /// Calls `work` with this stream as the current one.
-  template <class Work>
-  auto run(Work&& work) const {
-    const c10::StreamGuard guard(stream_);
-    return std::forward<Work>(work)();
-  }
-  /// Marks what was queued until now as that which `join` is about.
-  void mark() { done_.record(stream_); }
-  /// Lets the current stream, which it returns, wait for the mark; the host does not wait.
-  [[nodiscard]] c10::Stream join() const {
-    const c10::Stream current = c10::impl::VirtualGuardImpl(stream_.device_type()).getStream(stream_.device());
-    done_.block(current);
-    return current;
-  }
-
- private:
-  c10::Stream stream_;
-  c10::Event done_;
-};
 
 /// Brings batches to a device: on a CUDA device with `prefetch` by way of pinned memory and a stream of its own, beside
 /// the kernels that run on the current one.
@@ -57,7 +28,11 @@ class DeviceCopies {
     if (!side_) return tree::map(std::move(batch), [this](const at::Tensor& tensor) { return tensor.to(device_); });
     Batch copy = tree::map(std::move(batch), [this](const at::Tensor& tensor) {
       if (!tensor.is_cpu() || tensor.layout() != at::kStrided) return tensor.to(device_);
-      return side_->run([&] { return tensor.pin_memory().to(device_, /*non_blocking=*/true); });
+      return side_->run([&] {
+        // Pinned memory has the same strides, and none can be written to where elements share a place.
+        const at::Tensor whole = tensor.is_non_overlapping_and_dense() ? tensor : tensor.contiguous();
+        return whole.pin_memory().to(device_, /*non_blocking=*/true);
+      });
     });
     side_->mark();
     return copy;
