@@ -59,7 +59,8 @@ inline void check(const Fp8Recipe& recipe) {
 /// `tensor` times `scale` (one element, 32-bit), saturated, as FP8.
 [[nodiscard]] inline at::Tensor quantise(const at::Tensor& tensor, const at::Tensor& scale, at::ScalarType type) {
   const double bound = largest(type);
-  return tensor.to(at::kFloat).mul(scale).clamp_(-bound, bound).to(type);
+  // A factor that has a dimension brings 16-bit numbers to 32 bits in the same pass.
+  return tensor.mul(scale.to(at::kFloat).reshape({1})).clamp_(-bound, bound).to(type);
 }
 
 namespace detail {
@@ -102,7 +103,8 @@ enum class Kernel : std::uint8_t {
   const int64_t n = b.size(0);
   at::Tensor out = at::_scaled_mm(detail::padded(a), detail::padded(b).t(), inverse_a, inverse_b, /*bias=*/{},
                                   /*scale_result=*/{}, bias ? at::kFloat : type, fast);
-  out = out.narrow(0, 0, m).narrow(1, 0, n);
+  // A view would be one for autograd too, and then refuse to be changed in place.
+  if (out.size(0) != m || out.size(1) != n) out = out.narrow(0, 0, m).narrow(1, 0, n).clone();
   return bias ? out.add_(*bias).to(type) : out;
 }
 

@@ -24,18 +24,19 @@ enum class Code4 : std::uint8_t {
 
 /// (16), 32-bit; `code[i]` is what i means.
 [[nodiscard]] inline at::Tensor code_of(Code4 kind, at::Device device) {
-  const auto options = at::TensorOptions(device).dtype(at::kFloat);
   if (kind == Code4::nf4) {
     return at::tensor({-1.0F, -0.6961928009986877F, -0.5250730514526367F, -0.39491748809814453F, -0.28444138169288635F,
                        -0.18477343022823334F, -0.09105003625154495F, 0.0F, 0.07958029955625534F, 0.16093020141124725F,
                        0.24611230194568634F, 0.33791524171829224F, 0.44070982933044434F, 0.5626170039176941F,
                        0.7229568362236023F, 1.0F},
-                      options);
+                      at::kFloat)
+        .to(device);
   }
   return at::tensor({0.0F, 0.0625F, 8.0F, 12.0F, 4.0F, 6.0F, 2.0F, 3.0F, -0.0F, -0.0625F, -8.0F, -12.0F, -4.0F, -6.0F,
                      -2.0F, -3.0F},
-                    options)
-      .div(12.0F);
+                    at::kFloat)
+      .div(12.0F)  // here, since GPUs multiply by the reciprocal
+      .to(device);
 }
 
 /// (256), ascending: the dynamic 8-bit map, which has most of its numbers near zero. Each of seven powers of ten has
@@ -105,7 +106,7 @@ inline constexpr int64_t nested_block_size = 256;
   scaled = scaled.clamp_(-1, 1).reshape({-1}).slice(0, 0, flat.numel() + flat.numel() % 2);
 
   const at::Tensor code = code_of(kind, tensor.device());
-  const at::Tensor order = code.argsort();
+  const at::Tensor order = code.argsort(/*stable=*/true);  // there are two zeros
   at::Tensor index = at::bucketize(scaled, detail::midpoints(code.index_select(0, order)), /*out_int32=*/true);
   if (kind == Code4::fp4) index = order.index_select(0, index);
   const at::Tensor bytes = index.to(at::kByte).view({-1, 2});

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <limits>
 #include <memory>
 #include <optional>
 #include <string>
@@ -77,10 +78,12 @@ class Fp8Linear : public LinearSubstitute {
   at::Tensor quantise(const at::Tensor& tensor, Operand operand, bool remember) {
     if (remember && tensor.numel() > 0) {
       at::Tensor amax = amax_history_.select(0, operand).select(0, 0);
-      amax.copy_(at::maximum(amax, tensor.detach().abs().amax().to(at::kFloat)));
+      constexpr double largest = std::numeric_limits<double>::infinity();
+      at::maximum_out(amax, amax, at::linalg_vector_norm(tensor.detach(), largest, {}, false, at::kFloat));
     }
     return fp8::quantise(tensor, scale_.select(0, operand), type(operand));
   }
+  /// In memory of its own, since cuBLAS takes no scale that lies at an odd address.
   [[nodiscard]] at::Tensor inverse_scale(Operand operand) const { return scale_.select(0, operand).reciprocal(); }
   [[nodiscard]] at::ScalarType type(Operand operand) const {
     return operand == gradient ? fp8::backward_type(layers_->recipe()) : fp8::forward_type(layers_->recipe());
