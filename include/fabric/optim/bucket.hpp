@@ -97,8 +97,10 @@ struct Bucket {
   }
   /// The scale where this bucket's kernel can read it.
   [[nodiscard]] StepScale here(const StepScale& scale) const {
-    return {scale.grad_scale.defined() ? scale.grad_scale.to(device, true) : scale.grad_scale,
-            scale.found_inf.defined() ? scale.found_inf.to(device, true) : scale.found_inf};
+    const auto brought = [this](const at::Tensor& tensor) {
+      return tensor.defined() ? tensor.to(device, /*non_blocking=*/!device.is_cpu()) : tensor;
+    };
+    return {brought(scale.grad_scale), brought(scale.found_inf)};
   }
 };
 

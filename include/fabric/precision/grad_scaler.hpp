@@ -15,6 +15,7 @@
 #include "fabric/comm/collectives.hpp"
 #include "fabric/comm/world.hpp"
 #include "fabric/error.hpp"
+#include "fabric/module/clip_gradients.hpp"
 #include "fabric/optim/step_scale.hpp"
 
 namespace fabric {
@@ -127,9 +128,12 @@ class GradScaler {
     const at::NoGradGuard no_grad;
     at::Tensor found_inf = at::zeros({}, scale_.options());
     const at::Tensor inverse = scale_.reciprocal();
-    for (auto& [dtype, tensors] : by_dtype(gradients)) {
-      if (dtype == at::kHalf) refuse_half(*gradients.optimizer_);
-      at::_amp_foreach_non_finite_check_and_unscale_(tensors, found_inf, inverse);
+    for (auto& tensors : by_device_and_dtype(gradients)) {
+      const at::Device device = tensors.front().device();
+      if (tensors.front().scalar_type() == at::kHalf) refuse_half(*gradients.optimizer_);
+      at::Tensor found = device == found_inf.device() ? found_inf : at::zeros({}, found_inf.options().device(device));
+      at::_amp_foreach_non_finite_check_and_unscale_(tensors, found, inverse.to(device));
+      if (!found.is_same(found_inf)) found_inf = at::maximum(found_inf, found.to(found_inf.device()));
     }
     gradients.found_inf_ = all_reduce(world_, std::move(found_inf), ReduceOp::max);
   }
@@ -175,6 +179,7 @@ class GradScaler {
   [[nodiscard]] double get_scale() const { return updated().scale.item<float>(); }
   /// How many good iterations there were since the factor last changed. Waits for the device.
   [[nodiscard]] std::int64_t get_growth_tracker() const { return updated().growth_tracker.item<int>(); }
+  /// As it was made, or as the state that was loaded says.
   [[nodiscard]] const Options& options() const { return options_; }
 
   /// Everything that a resumed run needs, under the keys of Python's GradScaler.
@@ -218,19 +223,15 @@ class GradScaler {
   }
 
   /// The tensors that hold the gradients (of sparse ones, their values).
-  static std::vector<std::pair<at::ScalarType, std::vector<at::Tensor>>> by_dtype(const Gradients& gradients) {
-    std::vector<std::pair<at::ScalarType, std::vector<at::Tensor>>> lists;
+  static std::vector<std::vector<at::Tensor>> by_device_and_dtype(const Gradients& gradients) {
+    std::vector<at::Tensor> all;
     for (const auto& group : gradients.optimizer_->param_groups()) {
       for (const at::Tensor& parameter : group.params()) {
         const at::Tensor& gradient = parameter.grad();
-        if (!gradient.defined()) continue;
-        const auto has_dtype = [&](const auto& list) { return list.first == gradient.scalar_type(); };
-        auto list = std::find_if(lists.begin(), lists.end(), has_dtype);
-        if (list == lists.end()) list = lists.insert(list, {gradient.scalar_type(), {}});
-        list->second.push_back(gradient.is_sparse() ? gradient._values() : gradient);
+        if (gradient.defined()) all.push_back(gradient.is_sparse() ? gradient._values() : gradient);
       }
     }
-    return lists;
+    return detail::by_device_and_dtype(all);
   }
 
   [[noreturn]] static void refuse_half(const torch::optim::Optimizer& optimizer) {
@@ -250,7 +251,8 @@ class GradScaler {
 
   static void multiply(const Gradients& gradients, const at::Tensor& factor) {
     const at::NoGradGuard no_grad;
-    for (auto& [dtype, tensors] : by_dtype(gradients)) at::_foreach_mul_(tensors, factor);
+    for (auto& tensors : by_device_and_dtype(gradients))
+      at::_foreach_mul_(tensors, factor.to(tensors.front().device()));
   }
 
   struct Updated {
