@@ -29,6 +29,11 @@ struct GptSize {
   }
 };
 
+/// As in Python: `torch::nn::Linear` itself adds the bias to a batch of matrices apart, which takes longer.
+inline at::Tensor product(const torch::nn::Linear& linear, const at::Tensor& x) {
+  return at::linear(x, linear->weight, linear->bias);
+}
+
 /// Attention and a feed-forward network, each on a normalised copy of its input.
 class BlockImpl : public torch::nn::Module {
  public:
@@ -44,10 +49,11 @@ class BlockImpl : public torch::nn::Module {
 
   /// (batch, tokens, width) to the same.
   at::Tensor forward(at::Tensor x) {
-    const auto heads = qkv_(norm1_(x)).view({x.size(0), x.size(1), 3, heads_, -1}).permute({2, 0, 3, 1, 4}).unbind(0);
+    const auto heads =
+        product(qkv_, norm1_(x)).view({x.size(0), x.size(1), 3, heads_, -1}).permute({2, 0, 3, 1, 4}).unbind(0);
     const at::Tensor mixed = at::scaled_dot_product_attention(heads[0], heads[1], heads[2], {}, 0.0, true);
-    x = x + proj_(mixed.transpose(1, 2).reshape(x.sizes()));
-    return x + down_(torch::gelu(up_(norm2_(x))));
+    x = x + product(proj_, mixed.transpose(1, 2).reshape(x.sizes()));
+    return x + product(down_, torch::gelu(product(up_, norm2_(x))));
   }
 
  private:
@@ -74,7 +80,7 @@ class GptImpl : public torch::nn::Module {
 
   /// (batch, tokens) to (batch, tokens, vocabulary).
   at::Tensor forward(const at::Tensor& tokens) {
-    const at::Tensor x = tokens_(tokens) + positions_(at::arange(tokens.size(1)));
+    const at::Tensor x = tokens_(tokens) + positions_(at::arange(tokens.size(1), tokens.options()));
     return torch::linear(norm_(blocks_->forward(x)), tokens_->weight);
   }
 

@@ -44,7 +44,7 @@ class Gpt(nn.Module):
                 nn.init.normal_(parameter, 0, 0.02)
 
     def forward(self, tokens):
-        x = self.tokens(tokens) + self.positions(torch.arange(tokens.shape[1]))
+        x = self.tokens(tokens) + self.positions(torch.arange(tokens.shape[1], device=tokens.device))
         return F.linear(self.norm(self.blocks(x)), self.tokens.weight)
 
 
@@ -93,4 +93,5 @@ def main():
         print((time.process_time() - start) / int(steps) * 1e6, loss, flush=True)
 
 
-main()
+if __name__ == "__main__":
+    main()

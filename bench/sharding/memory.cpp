@@ -93,7 +93,7 @@ void measure_memory(const Task& task) {
     const std::int64_t before = status("VmRSS");
 
     torch::manual_seed(0);
-    auto net = fabric.init_module([&] { return Transformer(shape); });
+    auto net = fabric.init_module([&] { return Transformer(shape); }, {.empty = true});
     torch::manual_seed(1 + static_cast<std::uint64_t>(fabric.global_rank()));
     const Text text = make_text(shape);
     auto [model, optimizer] =
