@@ -70,6 +70,9 @@ def worker(precision, processes, log):
     if fabric.is_global_zero:
         with open(log, "w") as file:
             file.write("\n".join(repr(loss) for loss in losses))
+    fabric.barrier()
+    sys.stdout.flush()
+    os._exit(0)  # past the end of PyTorch's threads, at which a process sometimes aborts
 
 
 def main():

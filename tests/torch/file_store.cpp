@@ -92,7 +92,7 @@ TEST_CASE("[issue-8.4] tensors in a file: what was written is there again, and m
     store.finish();
     malloc_trim(0);
     CAPTURE(most / mebibyte);
-    CHECK(most < 4 * size);
+    CHECK(most < 5 * size);  // of sixteen: three tensors, and what operators and threads need for themselves
     CHECK(most > size / 2);  // otherwise nothing was measured
     CHECK(resident() - before < size / 2);
   });
