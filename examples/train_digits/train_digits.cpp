@@ -48,7 +48,8 @@ struct Arguments {
 /// What this program can run on. Each combination is compiled once, all others are refused by name.
 using OnWhat = std::conditional_t<built_with_nccl, Accelerators<Cpu, Cuda>, Accelerators<Cpu>>;
 using DigitsMenu = Menu<OnWhat, Strategies<SingleDevice, Ddp, DdpFindUnusedParameters>,
-                        Precisions<F32, F64, F16, BF16, F16Mixed, BF16Mixed, TransformerEngine<>>>;  // F16Mixed: Cuda
+                        Precisions<F32, F64, F16, BF16, F16Mixed, BF16Mixed,  // F16Mixed: Cuda
+                                   TransformerEngine<>, TransformerEngine<F16>>>;
 
 std::unique_ptr<torch::optim::Optimizer> make_optimizer(const Arguments& arguments,
                                                         const std::vector<at::Tensor>& parameters) {
