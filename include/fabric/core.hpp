@@ -37,6 +37,7 @@
 #include "fabric/module/fabric_module.hpp"
 #include "fabric/module/fabric_optimizer.hpp"
 #include "fabric/module/parameters.hpp"
+#include "fabric/optim/state_tensors.hpp"
 #include "fabric/policy/diagnose.hpp"
 #include "fabric/policy/strategy_precision.hpp"
 #include "fabric/precision/grad_scaler.hpp"
@@ -216,27 +217,36 @@ class Fabric {
   void backward(const at::Tensor& loss, const at::Tensor& gradient = {}, bool retain_graph = false) {
     if (!loss.requires_grad()) [[unlikely]]
       refuse_loss(loss);
-    detail::naming_collective(world_, [&] {
-      if constexpr (Plugin::has_scaler) {
-        scaler_->scale(loss).backward(gradient, retain_graph);
-      } else {
-        loss.backward(gradient, retain_graph);
+    const auto run = [&] {
+      detail::naming_collective(world_, [&] {
+        if constexpr (Plugin::has_scaler) {
+          scaler_->scale(loss).backward(gradient, retain_graph);
+        } else {
+          loss.backward(gradient, retain_graph);
+        }
+      });
+    };
+    if constexpr (requires(ModuleState & state) { Engine::abandon_backward(state); }) {
+      try {
+        run();
+      } catch (...) {
+        for_each_state([](ModuleState& state) { Engine::abandon_backward(state); });
+        throw;
       }
-    });
-    if constexpr (!std::is_empty_v<ModuleState>) {
-      for (const KnownModule& known : modules_) {
-        if (const auto state = known.state.lock()) Engine::after_backward(*state);
-      }
+    } else {
+      run();
     }
+    for_each_state([](ModuleState& state) { Engine::after_backward(state); });
   }
 
   /// Clips the gradients of a module that `setup` returned, all together by their norm; returns the norm from before.
   /// Throws fabric::Error for a norm that is not finite, unless gradients overflowed and the scaler will skip the step.
   template <class M>
   at::Tensor clip_gradients(const FabricModule<M, Engine, Plugin>& model, const ClipNorm& clip) {
+    finish_plain_backward();
     unscale();
-    if constexpr (requires { Engine::clip_gradients(model.state(), model.state()->masters(), clip); }) {
-      return Engine::clip_gradients(model.state(), model.state()->masters(), tolerant(clip));
+    if constexpr (requires { Engine::clip_gradients({model.state()}, model.state()->masters(), clip); }) {
+      return Engine::clip_gradients({model.state()}, model.state()->masters(), tolerant(clip));
     } else {
       return fabric::clip_gradients(model.module(), tolerant(clip));
     }
@@ -244,6 +254,7 @@ class Fabric {
   /// Clips each element of the gradients.
   template <class M>
   void clip_gradients(const FabricModule<M, Engine, Plugin>& model, const ClipValue& clip) {
+    finish_plain_backward();
     unscale();
     if constexpr (requires { model.state()->masters(); }) {
       fabric::clip_gradients(model.state()->masters(), clip);
@@ -254,9 +265,10 @@ class Fabric {
   /// Clips the gradients of an optimizer's parameters alone.
   template <class O, class Clip>
   auto clip_gradients(const FabricOptimizer<O, Engine, Plugin>& optimizer, const Clip& clip) {
+    finish_plain_backward();
     if constexpr (Plugin::has_scaler) scaler_->unscale(*optimizer.scaling().gradients);
-    if constexpr (requires { Engine::clip_gradients(optimizer.states().front(), optimizer.optimizer(), clip); }) {
-      return Engine::clip_gradients(optimizer.states().front(), optimizer.optimizer(), tolerant(clip));
+    if constexpr (requires { Engine::clip_gradients(optimizer.states(), optimizer.optimizer(), clip); }) {
+      return Engine::clip_gradients(optimizer.states(), optimizer.optimizer(), tolerant(clip));
     } else {
       return fabric::clip_gradients(optimizer.optimizer(), tolerant(clip));
     }
@@ -472,6 +484,23 @@ class Fabric {
             .pad = options.pad};
   }
 
+  /// Calls `visit(state)` for what the strategy keeps for each module that is set up.
+  template <class Visit>
+  void for_each_state([[maybe_unused]] const Visit& visit) const {
+    if constexpr (!std::is_empty_v<ModuleState>) {
+      for (const KnownModule& known : modules_) {
+        if (const auto state = known.state.lock()) visit(*state);
+      }
+    }
+  }
+
+  /// The program may have called `loss.backward()`: strategies that shard then have sums to finish.
+  void finish_plain_backward() const {
+    if constexpr (requires(ModuleState & state) { Engine::abandon_backward(state); }) {
+      for_each_state([](ModuleState& state) { Engine::after_backward(state); });
+    }
+  }
+
   [[noreturn]] static void refuse_loss(const at::Tensor& loss) {
     throw Error(
         std::string("fabric: backward of a tensor that no parameter has part in (") +
@@ -537,7 +566,11 @@ class Fabric {
       auto optimizer = detail::shared_optimizer(std::forward<T>(argument));
       std::vector<std::shared_ptr<ModuleState>> states;
       if constexpr (!std::is_empty_v<ModuleState>) states = states_behind(*optimizer);
-      if constexpr (requires { Engine::adopt(*optimizer, states); }) Engine::adopt(*optimizer, states);
+      if constexpr (requires { Engine::adopt(*optimizer, states); }) {
+        Engine::adopt(*optimizer, states);
+      } else if (!device_.is_cpu()) {
+        optim::follow_parameters(*optimizer);
+      }
       using O = typename decltype(optimizer)::element_type;
       detail::Scaling<Plugin> scaling;
       if constexpr (Plugin::has_scaler) scaling = {scaler_, scaler_->watch(optimizer)};

@@ -39,7 +39,9 @@ std::string compatibility() {
       "too.\n"
       "A cell lists the accelerators that a strategy and a precision go together with. `Bitsandbytes` stands for all "
       "of\n"
-      "its modes; it needs Cuda wherever it is allowed.\n\n| |";
+      "its modes; it needs Cuda wherever it is allowed. There is code for Cpu and Cuda, and none yet for DataParallel, "
+      "Mps\n"
+      "and XLA: the compiler then says `engine_not_written_yet`.\n\n| |";
   const auto each_precision = [](auto&& visit) {
     bool bitsandbytes = false;
     hana::for_each(built_in_precisions<>, [&](auto precision) {

@@ -2,6 +2,7 @@
 //
 // Ddp is one process on the joined batch: the same parameters, whatever the optimizer, on 2 and 4 processes.
 // ranks: 4
+// also: cuda
 #include <cstdint>
 #include <functional>
 #include <memory>
@@ -46,7 +47,7 @@ template <class F>
 std::pair<at::Tensor, at::Tensor> own_batch(const F& fabric, int step) {
   const auto [x, y] = joined_batch(step, fabric.world_size());
   const auto first = fabric.global_rank() * rows_per_rank;
-  return {x.narrow(0, first, rows_per_rank), y.narrow(0, first, rows_per_rank)};
+  return fabric.to_device(std::pair(x.narrow(0, first, rows_per_rank), y.narrow(0, first, rows_per_rank)));
 }
 
 /// Where a loop in one process, by hand, takes the parameters.
@@ -63,9 +64,10 @@ std::vector<at::Tensor> by_hand(const MakeOptimizer& make, int steps, int ranks)
   return net->parameters();
 }
 
+double distance(const at::Tensor& a, const at::Tensor& b) { return (a.cpu() - b.cpu()).abs().max().item<double>(); }
 double distance(const std::vector<at::Tensor>& a, const std::vector<at::Tensor>& b) {
   double largest = 0;
-  for (std::size_t i = 0; i < a.size(); ++i) largest = std::max(largest, (a[i] - b[i]).abs().max().item<double>());
+  for (std::size_t i = 0; i < a.size(); ++i) largest = std::max(largest, distance(a[i], b[i]));
   return largest;
 }
 
@@ -194,9 +196,7 @@ TEST_CASE(
           (torch::mse_loss(reference(x), y) / parts).backward();
         }
         for (std::size_t i = 0; i < net->parameters().size(); ++i) {
-          REQUIRE(
-              (net->parameters()[i].grad() - reference->parameters()[i].grad()).abs().max().template item<double>() <
-              1e-14);
+          REQUIRE(distance(net->parameters()[i].grad(), reference->parameters()[i].grad()) < 1e-14);
         }
       }
       optimizer.step();
@@ -250,7 +250,7 @@ TEST_CASE(
     Net net = make_net();
     auto [model, optimizer] = fabric.setup(net, torch::optim::SGD(net->parameters(), 1e-3));
     auto loader = fabric.setup_dataloader(Rows(), {.batch_size = 2, .shuffle = true, .seed = 4});
-    auto seen = torch::zeros({11}, torch::kLong);
+    auto seen = fabric.to_device(torch::zeros({11}, torch::kLong));
     std::size_t batches = 0;
     for (int epoch = 0; epoch < 2; ++epoch) {
       for (auto& batch : loader) {
@@ -270,9 +270,9 @@ TEST_CASE(
     REQUIRE(same_on_all_ranks(fabric.world(), net->first->weight));
 
     auto once = fabric.setup_dataloader(Rows(), {.batch_size = 2, .shuffle = true, .seed = 4, .pad = false});
-    auto counted = torch::zeros({11}, torch::kLong);
+    auto counted = fabric.to_device(torch::zeros({11}, torch::kLong));
     for (auto& batch : once) counted.index_add_(0, batch.target, torch::ones_like(batch.target));
-    REQUIRE(fabric.all_reduce(counted, ReduceOp::sum).equal(torch::ones({11}, torch::kLong)));
+    REQUIRE(fabric.all_reduce(counted, ReduceOp::sum).cpu().equal(torch::ones({11}, torch::kLong)));
   });
 }
 
@@ -290,7 +290,7 @@ TEST_CASE("[issue-3.3] several forwards before one backward, and methods marked 
     const auto first = model(x);
     const auto second = model(2 * x);
     fabric.backward(torch::mse_loss(first, y) + torch::mse_loss(second, y));
-    REQUIRE((net->first->weight.grad() - reference->first->weight.grad()).abs().max().template item<double>() < 1e-14);
+    REQUIRE(distance(net->first->weight.grad(), reference->first->weight.grad()) < 1e-14);
     optimizer.step();
   });
   on_ranks<F64, DdpFindUnusedParameters>([](auto& fabric) {

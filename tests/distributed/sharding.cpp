@@ -4,6 +4,7 @@
 // labels: distributed sharding
 // ranks: 4
 // timeout: 300
+// also: cuda
 #include <algorithm>
 #include <cstdint>
 #include <functional>
@@ -146,7 +147,7 @@ Trained train(F& fabric, const Recipe& recipe) {
     for (int part = 0; part < recipe.accumulate; ++part) {
       torch::manual_seed(
           static_cast<std::uint64_t>(1000 * step + 10 * part + (recipe.same_data ? 0 : fabric.global_rank())));
-      const auto [x, y] = Impl::batch(3);
+      const auto [x, y] = fabric.to_device(Impl::batch(3));
       const auto guard = fabric.no_backward_sync(model, !recipe.reduces_each && part + 1 < recipe.accumulate);
       fabric.backward(Impl::loss(model(x), y) / recipe.accumulate);
     }
@@ -255,7 +256,7 @@ TEST_CASE("[issue-8.1] with layers divided by a plan, and the rest sharded over 
   on_ranks<F64, Sharded>({.tensor_parallel = plan, .tensor_parallel_size = 2, .units = Units::by_type<MlpImpl>()},
                          [&](auto& fabric) { REQUIRE(difference(train<Mlps>(fabric, recipe), expected) < 1e-12); });
   const auto refused = [&](ShardingOptions options) {
-    Fabric<Cpu, DeepSpeed<2>, F32> fabric({.devices = 2, .strategy = std::move(options)});
+    Fabric<tests::Tested, DeepSpeed<2>, F32> fabric({.devices = 1, .strategy = std::move(options)});
   };
   REQUIRE_THROWS_WITH(refused({.tensor_parallel = plan}), ContainsSubstring("only ModelParallel divides layers"));
 }

@@ -11,6 +11,7 @@
 
 #include "fabric/shard/traffic.hpp"
 #include "fabric/sharding.hpp"
+#include "support/parts.hpp"
 #include "support/ranks.hpp"
 #include "support/sharded_policies.hpp"
 #include "support/socket_count.hpp"
@@ -23,36 +24,9 @@ using tests::same_on_all_ranks;
 using tests::Sharded;
 using tests::Zero;
 
-struct PartImpl : torch::nn::Module {
-  torch::nn::Linear up{register_module("up", torch::nn::Linear(8, 24))};
-  torch::nn::Linear down{register_module("down", torch::nn::Linear(24, 8))};
-  std::function<void()> inside = [] {};
-
-  at::Tensor forward(const at::Tensor& x) {
-    auto hidden = torch::tanh(up(x));
-    inside();
-    return x + down(hidden);
-  }
-};
-TORCH_MODULE(Part);
-
-struct NetImpl : torch::nn::Module {
-  torch::nn::ModuleList parts{register_module("parts", torch::nn::ModuleList())};
-  explicit NetImpl(int number = 5) {
-    for (int i = 0; i < number; ++i) parts->push_back(Part());
-  }
-  PartImpl& part(std::size_t i) { return *parts->ptr<PartImpl>(i); }
-  at::Tensor forward(at::Tensor x) {
-    for (const auto& part : *parts) x = part->as<PartImpl>()->forward(x);
-    return x;
-  }
-};
-TORCH_MODULE(Net);
-
-Net make_net() {
-  torch::manual_seed(5);
-  return {};
-}
+using tests::make_net;
+using tests::Net;
+using tests::PartImpl;
 
 const Units by_part = Units::by_type<PartImpl>();
 

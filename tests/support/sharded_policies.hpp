@@ -35,13 +35,13 @@ struct DoubleOutputs {
 
 namespace fabric {
 
-template <int stage, Offload offload>
-class Engine<Cpu, tests::Zero<stage, offload>> : public detail::ShardedEngine<Cpu, tests::Zero<stage, offload>> {
-  using detail::ShardedEngine<Cpu, tests::Zero<stage, offload>>::ShardedEngine;
+template <class A, int stage, Offload offload>
+class Engine<A, tests::Zero<stage, offload>> : public detail::ShardedEngine<A, tests::Zero<stage, offload>> {
+  using detail::ShardedEngine<A, tests::Zero<stage, offload>>::ShardedEngine;
 };
-template <>
-class Engine<Cpu, tests::Sharded> : public detail::ShardedEngine<Cpu, tests::Sharded> {
-  using detail::ShardedEngine<Cpu, tests::Sharded>::ShardedEngine;
+template <class A>
+class Engine<A, tests::Sharded> : public detail::ShardedEngine<A, tests::Sharded> {
+  using detail::ShardedEngine<A, tests::Sharded>::ShardedEngine;
 };
 
 }  // namespace fabric

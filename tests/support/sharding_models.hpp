@@ -64,7 +64,7 @@ struct TransformerImpl : torch::nn::Module {
       register_module("head", torch::nn::Linear(torch::nn::LinearOptions(width, vocabulary).bias(false)))};
 
   at::Tensor forward(const at::Tensor& text) {
-    const at::Tensor x = embedding(text) + positions(at::arange(text.size(1)));
+    const at::Tensor x = embedding(text) + positions(at::arange(text.size(1), text.options()));
     return product(head, norm(blocks->forward(x)));
   }
 
@@ -135,7 +135,7 @@ inline at::Tensor loss_of(const at::Tensor& logits, const at::Tensor& targets) {
 /// of a module, which has `all` of them. What ranks hold of a parameter adds up to the whole one's.
 inline double checksum(const at::Tensor& elements, std::int64_t index, std::int64_t begin, std::int64_t all) {
   const at::Tensor weights = numbers(all, 7000 + index).narrow(0, begin, elements.numel());
-  return (elements.detach().to(at::kDouble).flatten() * weights).sum().item<double>();
+  return (elements.detach().cpu().to(at::kDouble).flatten() * weights).sum().item<double>();
 }
 inline double checksum(const at::Tensor& parameter, std::int64_t index) {
   return checksum(parameter, index, 0, parameter.numel());

@@ -213,7 +213,7 @@ struct DistributedCheckpoint {
       if (!part->writes) return;
       const at::Tensor own = part->own.cpu();
       std::int64_t done = 0;
-      for (const Box& box : boxes_of_range(tensor->sizes(), part->begin, part->end)) {
+      for (const Box& box : part->boxes()) {
         file.add(key, place, tensor->sizes(), box, own.narrow(0, done, box.numel()).view(box.sizes));
         done += box.numel();
       }

@@ -15,6 +15,7 @@
 #include <c10/util/accumulate.h>
 #include <torch/torch.h>
 
+#include "fabric/checkpoint/boxes.hpp"
 #include "fabric/checkpoint/dtypes.hpp"
 #include "fabric/checkpoint/json.hpp"
 #include "fabric/checkpoint/pickle_writer.hpp"
@@ -99,16 +100,26 @@ class Gathering {
 
   struct Source {
     int rank = 0;
-    std::int64_t begin = 0;
-    std::int64_t end = 0;
+    std::vector<Box> boxes;  // where its elements are, in their order
+    std::int64_t numel = 0;
   };
   struct Whole {
     at::ScalarType dtype = at::kFloat;
-    std::int64_t numel = 0;
+    std::vector<std::int64_t> sizes;
     std::vector<Source> sources;
     at::Tensor own;  // rank 0's part
   };
 
+  static List list_of(at::IntArrayRef numbers) {
+    List list;
+    for (const std::int64_t number : numbers) list.items.emplace_back(number);
+    return list;
+  }
+  static std::vector<std::int64_t> numbers_of(const Value& list) {
+    std::vector<std::int64_t> numbers;
+    for (const Value& number : list.as<List>("numbers").items) numbers.push_back(number.as<std::int64_t>("a number"));
+    return numbers;
+  }
   static bool is_stand_in(const at::Tensor& tensor) { return tensor.defined() && tensor.is_meta(); }
 
   /// What this rank has, in the order of the tree. A path is made of keys, and of places in lists.
@@ -141,10 +152,12 @@ class Gathering {
       throw Error("fabric: save: " + JsonWriter::write(path) + " is a tensor without memory, of the meta device");
     }
     if (!seen_.insert(tensor.unsafeGetTensorImpl()).second) return;  // tied: it is sent once
-    List sizes;
-    for (const std::int64_t size : tensor.sizes()) sizes.items.emplace_back(size);
     own_[JsonWriter::write(path)] = part;
-    parts_.items.emplace_back(List{{path, part->begin, part->end, part->writes, std::move(sizes),
+    List boxes;
+    for (const Box& box : part->boxes()) {
+      boxes.items.emplace_back(List{{list_of(box.offsets), list_of(box.sizes)}, false});
+    }
+    parts_.items.emplace_back(List{{path, std::move(boxes), part->writes, list_of(tensor.sizes()),
                                     std::string(find_dtype(tensor.scalar_type())->name)},
                                    false});
   }
@@ -162,8 +175,13 @@ class Gathering {
         const std::string id = JsonWriter::write(part[0]);
         const auto [place, added] = wholes.emplace(id, Whole());
         if (added) describe(place->second, part, value);
-        const Source source{static_cast<int>(rank), part[1].as<std::int64_t>("begin"), part[2].as<std::int64_t>("end")};
-        if (part[3].as<bool>("writes") && source.end > source.begin) place->second.sources.push_back(source);
+        Source source{static_cast<int>(rank), {}, 0};
+        for (const Value& item_of_box : part[1].as<List>("boxes").items) {
+          const auto& box = item_of_box.as<List>("a box").items;
+          source.boxes.push_back({numbers_of(box[0]), numbers_of(box[1])});
+          source.numel += source.boxes.back().numel();
+        }
+        if (part[2].as<bool>("writes") && source.numel > 0) place->second.sources.push_back(std::move(source));
       }
       for (const Value& item : lists.at("single").as<List>("single").items) {
         const auto& single = item.as<List>("a number").items;
@@ -179,12 +197,10 @@ class Gathering {
     return order;
   }
   void describe(Whole& whole, const std::vector<Value>& part, Value& value) {
-    std::vector<std::int64_t> sizes;
-    for (const Value& size : part[4].as<List>("sizes").items) sizes.push_back(size.as<std::int64_t>("a size"));
-    whole.dtype = find_dtype(&DtypeName::name, part[5].as<std::string>("a dtype"))->dtype;
-    whole.numel = c10::multiply_integers(sizes);
+    whole.sizes = numbers_of(part[3]);
+    whole.dtype = find_dtype(&DtypeName::name, part[4].as<std::string>("a dtype"))->dtype;
     Value& there = at(value, part[0].as<List>("a path"));
-    if (there.is_none()) there = at::empty(sizes, at::TensorOptions(at::kMeta).dtype(whole.dtype));
+    if (there.is_none()) there = at::empty(whole.sizes, at::TensorOptions(at::kMeta).dtype(whole.dtype));
   }
   /// The place of a path in the tree, made if it is not there.
   static Value& at(Value& root, const List& path) {
@@ -225,35 +241,40 @@ class Gathering {
       order.items.emplace_back(id);
     }
   }
-  static void require_cover(Whole& whole, const std::string& id) {
-    std::sort(whole.sources.begin(), whole.sources.end(),
-              [](const Source& a, const Source& b) { return a.begin < b.begin; });
+  static void require_cover(const Whole& whole, const std::string& id) {
+    std::vector<Box> boxes;
     std::int64_t covered = 0;
-    bool fits = true;
     for (const Source& source : whole.sources) {
-      fits = fits && source.begin == covered;
-      covered = source.end;
+      boxes.insert(boxes.end(), source.boxes.begin(), source.boxes.end());
+      covered += source.numel;
     }
-    if (fits && covered == whole.numel) return;
+    if (covered == c10::multiply_integers(whole.sizes) && !overlap(boxes)) return;
     throw Error("fabric: save: the ranks' parts of " + id + " overlap, or do not cover it");
   }
 
   void receive() {
     Whole& whole = wholes_[next_];
     here_.resize(wholes_.size());
-    at::Tensor flat = at::empty({whole.numel}, at::TensorOptions(whole.dtype));
+    const at::Tensor all = at::empty(whole.sizes, at::TensorOptions(whole.dtype));
     for (const Source& source : whole.sources) {
-      at::Tensor part = flat.narrow(0, source.begin, source.end - source.begin);
-      if (source.rank == 0) {
-        part.copy_(whole.own);
-        continue;
+      at::Tensor part = whole.own;
+      if (source.rank != 0) {
+        // Mostly it can come to its place at once.
+        const at::Tensor place = part_of(all, Box::whole(whole.sizes), source.boxes.front());
+        const bool in_place = source.boxes.size() == 1 && place.is_contiguous() && world_.device.is_cpu();
+        part = in_place ? place.view({-1}) : at::empty({source.numel}, all.options().device(world_.device));
+        std::vector<at::Tensor> message{part};
+        world_.group->recv(message, source.rank, tag)->wait();
+        if (in_place) continue;
       }
-      std::vector<at::Tensor> message{world_.device.is_cpu() ? part : at::empty_like(part, world_.device)};
-      world_.group->recv(message, source.rank, tag)->wait();
-      if (!world_.device.is_cpu()) part.copy_(message[0]);
+      std::int64_t done = 0;
+      for (const Box& box : source.boxes) {
+        part_of(all, Box::whole(whole.sizes), box).copy_(part.narrow(0, done, box.numel()).view(box.sizes));
+        done += box.numel();
+      }
     }
     whole.own = at::Tensor();
-    here_[next_++] = flat;
+    here_[next_++] = all.view({-1});
   }
 
   const Spread& spread_;

@@ -47,10 +47,10 @@ class LoadPlan {
     stored_->check(source, all);
     change([stored = stored_, target, source, all] { stored->read(source, all, target); });
   }
-  /// `target` will be as many elements of `source`, in row-major order, as it has, from number `begin` on.
-  void fill_range(const at::Tensor& target, const at::Tensor& source, std::int64_t begin) {
+  /// `target` (n) will be the elements of `source` that are in the boxes, one box after the other.
+  void fill_boxes(const at::Tensor& target, const at::Tensor& source, const std::vector<Box>& boxes) {
     std::int64_t done = 0;
-    for (const Box& box : boxes_of_range(source.sizes(), begin, begin + target.numel())) {
+    for (const Box& box : boxes) {
       const at::Tensor part = target.narrow(0, done, box.numel()).view(box.sizes);
       done += box.numel();
       if (is_stored(source)) {
@@ -62,10 +62,12 @@ class LoadPlan {
     }
   }
   /// The same as a tensor of its own, now.
-  [[nodiscard]] at::Tensor range_of(const at::Tensor& source, std::int64_t begin, std::int64_t end) const {
-    at::Tensor range = at::empty({end - begin}, source.options().device(at::kCPU));
+  [[nodiscard]] at::Tensor read_boxes(const at::Tensor& source, const std::vector<Box>& boxes) const {
+    std::int64_t all = 0;
+    for (const Box& box : boxes) all += box.numel();
+    at::Tensor range = at::empty({all}, source.options().device(at::kCPU));
     std::int64_t done = 0;
-    for (const Box& box : boxes_of_range(source.sizes(), begin, end)) {
+    for (const Box& box : boxes) {
       const at::Tensor part = range.narrow(0, done, box.numel()).view(box.sizes);
       done += box.numel();
       if (is_stored(source)) {

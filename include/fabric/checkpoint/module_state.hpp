@@ -29,7 +29,7 @@ void for_each_entry(const torch::nn::Module& module, const std::string& prefix, 
   for (const auto& item : module.named_children()) for_each_entry(*item.value(), inner_key(prefix, item.key()), visit);
 }
 
-/// What is wrong with a layer that tensor parallelism has divided.
+/// What is wrong with a layer that a program has divided by itself.
 inline constexpr const char* is_a_slice =
     "is this rank's slice of a parameter here (parallelize_module), which a checkpoint would take for all of it: save "
     "and load `full_tensor(slice)` and `own_part(slice, full)` of `tensor_slices(module)`";
@@ -38,13 +38,13 @@ inline constexpr const char* is_a_slice =
   Dict state;
   std::unordered_map<const c10::TensorImpl*, at::Tensor> stand_ins;  // the same one for tied parameters
   for_each_entry(module, "", [&](const std::string& key, const at::Tensor& tensor) {
-    if (tensor_slice_of(tensor)) refuse_to_write(inner_key(name, key), is_a_slice);
     if (const auto* parameter = spread.spread_parameter(tensor)) {
       at::Tensor& stand_in = stand_ins[tensor.unsafeGetTensorImpl()];
       if (!stand_in.defined()) stand_in = spread.stand_in(*parameter, parameter->shard->master);
       state[key] = stand_in;
       return;
     }
+    if (tensor_slice_of(tensor)) refuse_to_write(inner_key(name, key), is_a_slice);
     if (tensor.is_meta()) refuse_to_write(inner_key(name, key), "has no memory yet: it is on the meta device");
     if (tensor.numel() > 0 && tensor.has_storage() && tensor.storage().nbytes() == 0) {
       refuse_to_write(inner_key(name, key),
@@ -65,13 +65,15 @@ inline void plan_module(const torch::nn::Module& module, const Value& value, con
   std::unordered_set<std::string> own;
   for_each_entry(module, "", [&](const std::string& key, const at::Tensor& tensor) {
     own.insert(key);
-    if (tensor_slice_of(tensor)) return plan.problem("'" + inner_key(name, key) + "' " + is_a_slice);
+    const auto* parameter = plan.spread().spread_parameter(tensor);
+    if (parameter == nullptr && tensor_slice_of(tensor)) {
+      return plan.problem("'" + inner_key(name, key) + "' " + is_a_slice);
+    }
     const Value* saved = state->find(key);
     if (saved == nullptr) {
       plan.missing(inner_key(name, key));
       return;
     }
-    const auto* parameter = plan.spread().spread_parameter(tensor);
     if (parameter == nullptr) {
       if (check_tensor(tensor, *saved, inner_key(name, key), plan)) {
         plan.fill(tensor.detach(), std::get<at::Tensor>(saved->data()));
@@ -81,7 +83,7 @@ inline void plan_module(const torch::nn::Module& module, const Value& value, con
     const Shard& shard = *parameter->shard;
     const at::Tensor whole = plan.spread().stand_in(*parameter, shard.master);
     if (check_tensor(whole, *saved, inner_key(name, key), plan)) {
-      plan.fill_range(shard.master.detach(), std::get<at::Tensor>(saved->data()), shard.begin);
+      plan.fill_boxes(shard.master.detach(), std::get<at::Tensor>(saved->data()), parameter->boxes());
     }
   });
   for (const auto& [key, saved] : *state) {

@@ -1,6 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <algorithm>
+#include <concepts>
+#include <cstddef>
 #include <cstdint>
 #include <string>
 #include <unordered_map>
@@ -10,9 +13,11 @@
 #include <ATen/ATen.h>
 #include <torch/torch.h>
 
+#include "fabric/checkpoint/boxes.hpp"
 #include "fabric/checkpoint/ranks.hpp"
 #include "fabric/module/parameters.hpp"
 #include "fabric/shard/shard.hpp"
+#include "fabric/shard/tensor_slice.hpp"
 
 namespace fabric {
 
@@ -31,31 +36,55 @@ class Spread {
  public:
   /// What a parameter of an optimizer is.
   struct Parameter {
-    std::string module;            ///< The key of its module in the state.
-    std::string name;              ///< In its module.
-    const Shard* shard = nullptr;  ///< Null for one that is whole on all ranks.
-    bool writes = true;            ///< False if another rank, which has the same part, saves it.
+    std::string module;                 ///< The key of its module in the state.
+    std::string name;                   ///< In its module.
+    const Shard* shard = nullptr;       ///< Null for one that is whole on all ranks.
+    bool writes = true;                 ///< False if another rank, which has the same part, saves it.
+    std::vector<std::int64_t> sizes{};  ///< Of the whole parameter.
+    Box slice{};                        ///< What of it the ranks have that share it: less under tensor parallelism.
+
+    /// Does this rank have the very first element?
+    [[nodiscard]] bool has_first() const {
+      const bool first_slice =
+          std::all_of(slice.offsets.begin(), slice.offsets.end(), [](std::int64_t offset) { return offset == 0; });
+      return shard->begin == 0 && shard->end > 0 && first_slice;
+    }
+    /// Where this rank's elements are in the whole, in their order.
+    [[nodiscard]] std::vector<Box> boxes() const { return boxes_of_slice(slice, shard->begin, shard->end); }
   };
-  /// This rank's part of a tensor that is spread.
+  /// This rank's part of a tensor that is spread: the elements [begin, end) of a slice, in row-major order.
   struct Part {
     at::Tensor own;  ///< (end - begin)
     std::int64_t begin = 0;
     std::int64_t end = 0;
     bool writes = true;
+    Box slice{};
+
+    [[nodiscard]] std::vector<Box> boxes() const { return boxes_of_slice(slice, begin, end); }
   };
 
   /// Takes note of a module, which must outlive this.
   void add(const torch::nn::Module& module, const std::string& key) {
     for (const auto& [name, tensor] : parameters_of(module)) {
-      parameters_.emplace(tensor.unsafeGetTensorImpl(), Parameter{key, name, nullptr, true});
+      parameters_.emplace(tensor.unsafeGetTensorImpl(), Parameter{key, name, nullptr, true, {}, {}});
     }
   }
   /// Takes note of the parts of a sharded module's parameters, which must outlive this.
   template <class Shards>
-  void add_shards(const Shards& shards, const std::string& key, bool writes) {
+  void add_shards(const Shards& shards, const std::string& key, bool writes, bool is_first_of_tensor_group = true) {
     has_shards_ = true;
     for (const Shard& shard : shards) {
-      const Parameter parameter{key, shard.name, &shard, writes};
+      Parameter parameter{key, shard.name, &shard, writes};
+      if (const auto slice = tensor_slice_of(shard.parameter)) {
+        const auto dim = static_cast<std::size_t>(slice->dim);
+        parameter.sizes = slice->full_sizes;
+        parameter.slice = Box::whole(shard.parameter.sizes());
+        parameter.slice.offsets[dim] = slice->index * parameter.slice.sizes[dim];
+      } else {
+        parameter.sizes = shard.parameter.sizes().vec();
+        parameter.slice = Box::whole(parameter.sizes);
+        parameter.writes = writes && is_first_of_tensor_group;
+      }
       for (const at::Tensor& tensor : {shard.parameter, shard.master}) {
         Parameter& known = parameters_[tensor.unsafeGetTensorImpl()];
         if (known.shard == nullptr || !key.empty()) known = parameter;
@@ -65,10 +94,12 @@ class Spread {
   /// The same for what `setup` returned.
   template <class Wrapper>
   void add_state(const Wrapper& state, const std::string& key) {
-    bool writes = true;
-    if constexpr (requires { state.groups().replicate.global_rank; })
-      writes = state.groups().replicate.global_rank == 0;
-    add_shards(state.shards(), key, writes);
+    if constexpr (requires { state.groups().replicate.global_rank; }) {
+      add_shards(state.shards(), key, state.groups().replicate.global_rank == 0,
+                 state.groups().tensor.global_rank == 0);
+    } else {
+      add_shards(state.shards(), key, /*writes=*/true);
+    }
   }
 
   /// Null for a tensor that is no parameter of a known module.
@@ -85,8 +116,8 @@ class Spread {
   /// A tensor that stands for one of the sizes of a parameter, of which `own` is this rank's part.
   [[nodiscard]] at::Tensor stand_in(const Parameter& parameter, const at::Tensor& own) {
     const Shard& shard = *parameter.shard;
-    at::Tensor made = at::empty(shard.parameter.sizes(), at::TensorOptions(at::kMeta).dtype(own.scalar_type()));
-    parts_[made.unsafeGetTensorImpl()] = {own.detach(), shard.begin, shard.end, parameter.writes};
+    at::Tensor made = at::empty(parameter.sizes, at::TensorOptions(at::kMeta).dtype(own.scalar_type()));
+    parts_[made.unsafeGetTensorImpl()] = {own.detach(), shard.begin, shard.end, parameter.writes, parameter.slice};
     made_.push_back(made);  // so that no other tensor gets its address
     return made;
   }
@@ -109,6 +140,14 @@ class Spread {
   [[nodiscard]] bool is_used() const { return has_shards_; }
 
  private:
+  static std::vector<Box> boxes_of_slice(const Box& slice, std::int64_t begin, std::int64_t end) {
+    std::vector<Box> boxes = boxes_of_range(slice.sizes, begin, end);
+    for (Box& box : boxes) {
+      for (std::size_t i = 0; i < box.offsets.size(); ++i) box.offsets[i] += slice.offsets[i];
+    }
+    return boxes;
+  }
+
   std::unordered_map<const c10::TensorImpl*, Parameter> parameters_;
   std::unordered_map<const c10::TensorImpl*, Part> parts_;
   std::unordered_map<const c10::TensorImpl*, bool> writes_;

@@ -68,7 +68,7 @@ namespace fabric::detail {
 /// such as the count of steps, is saved by the rank that has the parameter's first element, since others may have none.
 inline void spread_state(Dict& state, const Spread::Parameter& parameter, const std::string& key, Spread& spread) {
   const Shard& shard = *parameter.shard;
-  const bool first = shard.begin == 0 && shard.end > 0;
+  const bool first = parameter.has_first();
   for (auto& [name, value] : state) {
     auto* tensor = std::get_if<at::Tensor>(&value.data());
     if (tensor == nullptr || !tensor->defined()) continue;
@@ -258,13 +258,12 @@ class OptimizerState {
     const auto* parameter = plan_.spread().spread_parameter(own);
     const auto* state = std::get_if<Dict>(&value.data());
     if (parameter == nullptr || state == nullptr) return plan_.whole(value);
-    const Shard& shard = *parameter->shard;
     Dict parts;
     for (const auto& [name, kept] : *state) {
       const auto* tensor = std::get_if<at::Tensor>(&kept.data());
       const bool for_each_element =
-          tensor != nullptr && to_text(name) != "step" && tensor->sizes() == shard.parameter.sizes();
-      parts[name] = for_each_element ? Value(plan_.range_of(*tensor, shard.begin, shard.end)) : plan_.whole(kept);
+          tensor != nullptr && to_text(name) != "step" && tensor->sizes() == at::IntArrayRef(parameter->sizes);
+      parts[name] = for_each_element ? Value(plan_.read_boxes(*tensor, parameter->boxes())) : plan_.whole(kept);
     }
     return parts;
   }

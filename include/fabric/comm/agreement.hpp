@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <sstream>
 #include <string>
 #include <vector>
 
@@ -14,6 +15,14 @@
 #include "fabric/error.hpp"
 
 namespace fabric::detail {
+
+/// A line for `require_agreement`: "weight: Float [1, 2], trained".
+[[nodiscard]] inline std::string described(const std::string& name, const at::Tensor& tensor) {
+  std::ostringstream text;
+  text << name << ": " << at::toString(tensor.scalar_type()) << ' ' << tensor.sizes()
+       << (tensor.requires_grad() ? ", trained" : "");
+  return text.str();
+}
 
 /// Throws fabric::Error, on all ranks, unless all of them give the same lines. The message shows the first line that
 /// differs, as both sides have it. Costs one small collective where they agree.

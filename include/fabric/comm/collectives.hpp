@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <cstring>
 #include <exception>
@@ -10,6 +11,7 @@
 #include <utility>
 #include <vector>
 
+#include <torch/csrc/distributed/c10d/comm.hpp>
 #include <torch/torch.h>
 
 #include "fabric/comm/reason.hpp"
@@ -66,6 +68,8 @@ template <class Backward>
 void naming_collective(const World& world, Backward&& backward) {
   try {
     std::forward<Backward>(backward)();
+  } catch (const Error&) {
+    throw;  // says it already
   } catch (const std::exception& error) {
     const std::string reason = reason_of(error);
     const auto says = [&](const char* word) { return reason.find(word) != std::string::npos; };
@@ -73,6 +77,13 @@ void naming_collective(const World& world, Backward&& backward) {
     refuse_collective(world, "the all_reduce of gradients in backward", world.group->getSequenceNumberForGroup(), {},
                       reason);
   }
+}
+
+/// Gives all ranks rank 0's values of tensors on the group's device, a few messages for all of them.
+inline void broadcast_in_place(const c10::intrusive_ptr<c10d::ProcessGroup>& group,
+                               const std::vector<at::Tensor>& tensors) {
+  constexpr std::size_t bytes_at_once = 250UL * 1024 * 1024;
+  if (group && !tensors.empty()) c10d::broadcast_coalesced(group, tensors, bytes_at_once);
 }
 
 /// The contiguous copy, on the group's device, that a collective may write to.

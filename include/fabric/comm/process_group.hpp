@@ -1,9 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <atomic>
 #include <chrono>
 #include <concepts>
 #include <cstdint>
+#include <cstdio>
+#include <exception>
 #include <memory>
 #include <string>
 #include <utility>
@@ -46,6 +49,45 @@ struct GroupOptions {
 
 namespace detail {
 
+/// Has another rank gone without a word? Then no group is closed in a way that waits for it.
+inline std::atomic<bool>& somebody_is_gone() {
+  static std::atomic<bool> gone{false};
+  return gone;
+}
+
+#ifdef USE_C10D_NCCL
+/// A group that nobody closed is closed with its last owner, as LibTorch's own wants to be before it ends.
+class Nccl final : public c10d::ProcessGroupNCCL {
+ public:
+  using ProcessGroupNCCL::ProcessGroupNCCL;
+  ~Nccl() override {
+    if (closed_) return;
+    if (std::uncaught_exceptions() > 0) {  // where others may wait for this rank
+      terminateProcessGroup_.store(true);  // so that LibTorch does not ask for what would wait for them
+      return;
+    }
+    try {
+      somebody_is_gone() ? Nccl::abort() : Nccl::shutdown();
+    } catch (const std::exception& error) {
+      std::fprintf(stderr, "fabric: warning: a process group could not be closed: %s\n", error.what());
+    }
+  }
+  Nccl(const Nccl&) = delete;
+  Nccl& operator=(const Nccl&) = delete;
+
+  void shutdown() override {
+    if (!std::exchange(closed_, true)) ProcessGroupNCCL::shutdown();
+  }
+  void abort() override {
+    closed_ = true;
+    ProcessGroupNCCL::abort();
+  }
+
+ private:
+  bool closed_ = false;
+};
+#endif
+
 /// Gloo serves Cpu always; Cuda needs a program built with NCCL.
 template <class A>
 inline constexpr bool has_collectives = std::same_as<A, Cpu> || (std::same_as<A, Cuda> && built_with_nccl);
@@ -77,7 +119,7 @@ inline c10::intrusive_ptr<c10d::ProcessGroupGloo> make_gloo(const World& world, 
     type = c10d::ProcessGroup::BackendType::NCCL;
     auto nccl = c10d::ProcessGroupNCCL::Options::create();
     nccl->timeout = options.timeout;
-    backend = c10::make_intrusive<c10d::ProcessGroupNCCL>(store, world.global_rank, world.size, nccl);
+    backend = c10::make_intrusive<detail::Nccl>(store, world.global_rank, world.size, nccl);
 #else
     TORCH_CHECK(false, "fabric: this program was built without NCCL");
 #endif

@@ -41,4 +41,18 @@ bool each_state_tensor(torch::optim::OptimizerParamState& state, const Visit& vi
   return false;
 }
 
+/// Brings what an optimizer keeps already, as `torch::optim::Adagrad` does from the beginning, to where its parameters
+/// are.
+inline void follow_parameters(torch::optim::Optimizer& optimizer) {
+  for (const auto& group : optimizer.param_groups()) {
+    for (const at::Tensor& parameter : group.params()) {
+      const auto found = optimizer.state().find(parameter.unsafeGetTensorImpl());
+      if (found == optimizer.state().end()) continue;
+      each_state_tensor(*found->second, [&](at::Tensor& tensor) {
+        if (tensor.sizes() == parameter.sizes()) tensor = tensor.to(parameter.device());
+      });
+    }
+  }
+}
+
 }  // namespace fabric::optim

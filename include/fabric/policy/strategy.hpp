@@ -150,12 +150,13 @@ struct Fsdp {
       .name = "Fsdp", .flag = "fsdp", .family = StrategyFamily::fsdp, .start_method = StartMethod::popen};
 };
 
-/// `Fsdp` whose shards live in host memory.
+/// `Fsdp` whose parameters, gradients and optimizer's state are in the host's memory.
 struct FsdpCpuOffload {
   static constexpr StrategyFacts facts{.name = "FsdpCpuOffload",
                                        .flag = "fsdp_cpu_offload",
                                        .family = StrategyFamily::fsdp,
                                        .start_method = StartMethod::popen,
+                                       .optimizer_offload = Offload::cpu,
                                        .parameter_offload = Offload::cpu};
 };
 

@@ -22,11 +22,14 @@ namespace fabric {
 template <class S, class P>
 class ShardedPrecision {
  public:
+  /// The dtypes of this pair.
   static constexpr StrategyPrecision traits = strategy_precision_v<S, P>;
   static constexpr bool has_scaler = traits.scaling != GradientScaling::none;
 
+  /// Is the loss scaled by the strategy's own rule?
   static constexpr bool scales_by_itself = traits.scaling == GradientScaling::engine;
 
+  /// What may be chosen at run time: of the scaling of the loss, if there is any.
   using Options = std::conditional_t<scales_by_itself, DynamicLossScale,
                                      std::conditional_t<has_scaler, GradScalerOptions, NoOptions>>;
   /// DeepSpeed's loss scale, as a `GradScaler` does it.
@@ -38,6 +41,7 @@ class ShardedPrecision {
             .hysteresis = options.hysteresis,
             .min_scale = is_fixed ? first : options.min_loss_scale};
   }
+  /// The default dtype while a module is made.
   struct InitContext : DefaultDtypeGuard {
     InitContext() : DefaultDtypeGuard(dtype_of(traits.init)) {}
   };
@@ -53,7 +57,9 @@ class ShardedPrecision {
     std::optional<AutocastGuard> autocast_{};
   };
 
+  /// Nothing: the engine converts what it gathers.
   static void convert_module(torch::nn::Module& /*module*/) {}
+  /// A tree with its floating-point tensors as forward takes them.
   template <class T>
   static auto convert_input(T&& value) {
     if constexpr (traits.input.has_value()) {
@@ -62,6 +68,7 @@ class ShardedPrecision {
       return tree::Bare<T>(std::forward<T>(value));
     }
   }
+  /// Likewise as the loop gets them.
   template <class T>
   static auto convert_output(T&& value) {
     if constexpr (traits.converts_output) {

@@ -68,12 +68,8 @@ class Exchange {
     return pending;
   }
 
-  /// What the sum over the shard group is made from: on gloo the other ranks' (shards - 1, part), else the sum (part).
-  [[nodiscard]] at::Tensor received_from(const at::Tensor& bucket) const {
-    const std::int64_t size = bucket.numel() / shards();
-    return bucket.is_cuda() ? at::empty({size}, bucket.options()) : at::empty({shards() - 1, size}, bucket.options());
-  }
-  /// Begins to give each rank its part of all ranks' buckets. Where nothing is divided, that is their sum.
+  /// Begins to give each rank its part of all ranks' buckets: on gloo, `received` (shards - 1, part) gets those of the
+  /// others, else (part) their sum. Where nothing is divided, the bucket becomes the sum.
   [[nodiscard]] Pending scatter(const at::Tensor& bucket, const at::Tensor& received, int number) const {
     Pending pending;
     if (shards() == 1) {
@@ -97,12 +93,14 @@ class Exchange {
     });
     return pending;
   }
-  /// The sum of this rank's part over the shard group, in `dtype`, after `scatter`.
-  [[nodiscard]] at::Tensor sum(const at::Tensor& bucket, const at::Tensor& received, at::ScalarType dtype) const {
-    if (shards() > 1 && bucket.is_cuda()) return received.to(dtype, /*non_blocking=*/false, /*copy=*/true);
-    at::Tensor total = own_part(bucket).to(dtype, /*non_blocking=*/false, /*copy=*/true);
+  /// Puts the sum of this rank's part over the shard group, after `scatter`, into `total` (part), of any dtype.
+  void sum(const at::Tensor& bucket, const at::Tensor& received, at::Tensor& total) const {
+    if (shards() > 1 && bucket.is_cuda()) {
+      total.copy_(received);
+      return;
+    }
+    total.copy_(own_part(bucket));
     for (std::int64_t row = 0; row + 1 < shards(); ++row) total.add_(received[row]);
-    return total;
   }
   /// Adds what the replicas have, after `sum`.
   void sum_over_replicas(at::Tensor& total) const {

@@ -12,28 +12,18 @@
 
 #include <torch/torch.h>
 
+#include "fabric/device.hpp"
 #include "fabric/error.hpp"
 #include "fabric/interception.hpp"
 #include "fabric/module/deferred_init.hpp"
 #include "fabric/module/parameters.hpp"
+#include "fabric/shard/buffer_pool.hpp"
 #include "fabric/shard/exchange.hpp"
 #include "fabric/shard/file_store.hpp"
 #include "fabric/shard/shard.hpp"
+#include "fabric/shard/unit_options.hpp"
 
 namespace fabric::detail {
-
-/// How a unit is kept.
-struct UnitOptions {
-  at::ScalarType compute = at::kFloat;  ///< Of the whole parameters.
-  at::ScalarType master = at::kFloat;   ///< Of what the optimizer changes.
-  at::ScalarType reduce = at::kFloat;   ///< Of gradients on their way.
-  at::Device device = at::kCPU;         ///< Where the parameters are used.
-  at::Device master_device = at::kCPU;  ///< Where `master` and its gradient are.
-  at::Device own_device = at::kCPU;     ///< Where this rank's part of the parameters waits while they are not whole.
-  std::string folder{};                 ///< Where `master` and that part are files; empty: in memory.
-  bool frees_parameters = true;         ///< They are whole only while they are needed.
-  bool frees_buckets = true;            ///< Likewise the memory in which gradients are sent.
-};
 
 /// Parameters that are gathered and reduced together. They lie one after another in a flat buffer, of which each rank
 /// of the shard group owns an equal part; the module's own tensors are views of it, for life. While the unit is not
@@ -42,14 +32,17 @@ class FlatUnit {
  public:
   struct Slot {
     Shard shard;
-    std::int64_t offset = 0;  ///< Of the parameter in the buffer, in elements.
-    bool arrived = false;     ///< Its gradient has come in this backward.
+    std::int64_t offset = 0;   ///< Of the parameter in the buffer, in elements.
+    bool arrived = false;      ///< Its gradient has come in this backward.
+    std::int64_t version = 0;  ///< Of the parameter, which changes in place increase.
   };
 
   /// `parameters` are of one dtype, and all trained or all frozen. The unit has no memory before `fill`.
-  FlatUnit(const NamedParameters& parameters, const UnitOptions& options, const Exchange& exchange, int number)
+  FlatUnit(const NamedParameters& parameters, const UnitOptions& options, const Exchange& exchange, BufferPool& pool,
+           int number)
       : options_(options),
         exchange_(exchange),
+        pool_(pool),
         number_(number),
         trained_(parameters.front().second.requires_grad()),
         kept_(parameters.front().second.scalar_type()) {
@@ -81,12 +74,9 @@ class FlatUnit {
     agree(exact);
     whole_ = exact.to(options_.compute);
     own_ = exchange_.own_part(whole_);
-    if (options_.frees_parameters)
-      own_ = own_.to(at::TensorOptions(options_.own_device), /*non_blocking=*/false, /*copy=*/true);
+    if (options_.frees_parameters) own_ = memory_for_part(options_.own_device, options_.compute).copy_(own_);
     const bool is_own = options_.master == options_.compute && options_.master_device == own_.device();
-    master_ = is_own ? own_
-                     : exchange_.own_part(exact).to(at::TensorOptions(options_.master_device).dtype(options_.master),
-                                                    /*non_blocking=*/false, /*copy=*/true);
+    master_ = is_own ? own_ : memory_for_part(options_.master_device, options_.master).copy_(exchange_.own_part(exact));
     exact.reset();
     if (!options_.folder.empty()) move_to_file();
     for (Slot& slot : slots_) {
@@ -96,6 +86,7 @@ class FlatUnit {
       keys_of(shard.parameter) = keys_of(shard.parameter) | intercepted;
       shard.master = own_range(master_, slot).variable_data().set_requires_grad(trained_);
     }
+    accept_changes();
     release();
   }
 
@@ -124,19 +115,32 @@ class FlatUnit {
     const at::NoGradGuard no_grad;
     auto* storage = whole_.storage().unsafeGetStorageImpl();
     const auto bytes = static_cast<std::size_t>(parameter_bytes());
-    storage->set_data_ptr_noswap(c10::GetAllocator(options_.device.type())->allocate(bytes));
+    memory_ = pool_.take(elements_, options_.compute, options_.device);
+    // The storage shares in the memory, since the module may outlive this unit.
+    storage->set_data_ptr_noswap(at::DataPtr(
+        memory_.mutable_data_ptr(), new at::Tensor(memory_),
+        [](void* tensor) { delete static_cast<at::Tensor*>(tensor); }, options_.device));
     storage->set_nbytes(bytes);
     fetch(own_);
-    exchange_.own_part(whole_).copy_(own_, /*non_blocking=*/true);
+    const auto bring = [&] {
+      exchange_.own_part(whole_).copy_(own_, /*non_blocking=*/true);
+      arriving_ = exchange_.gather(whole_, number_);
+    };
+    if (options_.copies != nullptr && own_.is_cpu()) {
+      options_.copies->follow();  // what had the memory before
+      options_.copies->run(bring);
+      options_.copies->mark();
+    } else {
+      bring();
+    }
     put_away(own_);
-    arriving_ = exchange_.gather(whole_, number_);
     state_ = State::arriving;
   }
   /// Makes it whole.
   void gather() {
     begin_gather();
     if (state_ == State::whole) return;
-    exchange_.finish(arriving_, "the gathering of parameters");
+    finish_gather();
     state_ = State::whole;
   }
   /// Gives the memory of the whole parameters back. Nothing happens where they are always whole.
@@ -145,10 +149,11 @@ class FlatUnit {
       state_ = State::whole;
       return;
     }
-    if (state_ == State::arriving) exchange_.finish(arriving_, "the gathering of parameters");
+    if (state_ == State::arriving) finish_gather();
     auto* storage = whole_.storage().unsafeGetStorageImpl();
     storage->set_data_ptr_noswap(at::DataPtr(nullptr, options_.device));
     storage->set_nbytes(std::size_t{0});
+    pool_.give(memory_);
     state_ = State::released;
   }
   /// The optimizer, or a checkpoint, has changed the master values: brings what is made from them up to date. Where
@@ -158,23 +163,40 @@ class FlatUnit {
     fetch_master();
     if (!master_.is_same(own_)) {
       fetch(own_);
-      own_.copy_(master_);
+      if (options_.copies != nullptr && own_.is_cuda()) {
+        bring_master();
+      } else {
+        own_.copy_(master_);
+      }
       put_away(own_);
     }
     put_master_away();
     release();
     if (!options_.frees_parameters) arriving_ = exchange_.gather(whole_, number_);
   }
-  void finish_changed() { exchange_.finish(arriving_, "the gathering of parameters"); }
-  /// This rank's part from the whole parameters, which somebody has changed in the same way on all ranks.
+  void finish_changed() { finish_gather(); }
+  /// This rank's part from the whole parameters, which somebody may have changed in the same way on all ranks. Masters
+  /// of what is as it was keep the digits that the whole parameters do not have.
   void take_whole() {
     const at::NoGradGuard no_grad;
     fetch(own_);
     fetch_master();
+    if (!master_.is_same(own_)) {
+      const at::Tensor now = exchange_.own_part(whole_).to(master_.device());
+      const at::Tensor changed = now.ne(master_.to(options_.compute));
+      master_.copy_(at::where(changed, now.to(options_.master), master_));
+    }
     if (options_.frees_parameters) own_.copy_(exchange_.own_part(whole_));
-    if (!master_.is_same(own_)) master_.copy_(own_);
     put_away(own_);
     put_master_away();
+    accept_changes();
+  }
+  /// The first parameter that somebody has changed in place, past `take_whole`; null if there is none.
+  [[nodiscard]] const Shard* changed_in_place() const {
+    for (const Slot& slot : slots_) {
+      if (slot.shard.parameter._version() != slot.version) return &slot.shard;
+    }
+    return nullptr;
   }
   /// Brings the masters into memory, where they are in a file, and back.
   void begin_fetch_master() {
@@ -188,7 +210,7 @@ class FlatUnit {
   /// Begins to sum the gradients of this rank's parameters over the ranks, and drops them. Missing ones count as zeros.
   void begin_reduce() {
     const at::NoGradGuard no_grad;
-    if (!bucket_.defined()) bucket_ = at::empty({elements_}, at::TensorOptions(options_.device).dtype(options_.reduce));
+    if (!bucket_.defined()) bucket_ = pool_.take(elements_, options_.reduce, options_.device);
     std::vector<at::Tensor> places;
     std::vector<at::Tensor> gradients;
     std::int64_t end = 0;
@@ -210,31 +232,49 @@ class FlatUnit {
     for (Slot& slot : slots_) slot.shard.parameter.mutable_grad().reset();
     // Half floats would overflow in a sum over many ranks.
     if (options_.reduce == at::kHalf) bucket_.mul_(1.0 / divisor());
-    if (exchange_.shards() > 1) received_ = exchange_.received_from(bucket_);
+    if (exchange_.shards() > 1) {
+      const std::int64_t parts = options_.device.is_cuda() ? 1 : exchange_.shards() - 1;
+      received_ = pool_.take(parts * part_, options_.reduce, options_.device);
+      if (!options_.device.is_cuda()) received_ = received_.view({parts, part_});
+    }
     leaving_ = exchange_.scatter(bucket_, received_, number_);
   }
-  /// Adds the mean over all ranks to the gradients of this rank's part. `used(i)` says whether slot i has one.
-  template <class Used>
-  void finish_reduce(const Used& used) {
+  /// Adds the mean over all ranks to the gradients of this rank's part.
+  void finish_reduce() {
     const at::NoGradGuard no_grad;
     exchange_.finish(leaving_, "the reduction of gradients");
-    at::Tensor total = exchange_.sum(bucket_, received_, options_.master);
-    received_.reset();
-    if (options_.frees_buckets) bucket_.reset();
+    // The memory of gradients is kept, since it is needed again in the next step.
+    if (!gradient_.defined()) {
+      const OwnPages own_pages(options_.master_device);
+      gradient_ = memory_for_part(options_.master_device, options_.master);
+    }
+    const bool adds = std::exchange(has_gradient_, true);
+    at::Tensor total = adds || options_.device != options_.master_device
+                           ? memory_for_part(options_.device, options_.master)
+                           : gradient_;
+    exchange_.sum(bucket_, received_, total);
+    pool_.give(received_);
+    if (options_.frees_buckets) pool_.give(bucket_);
     exchange_.sum_over_replicas(total);
     if (options_.reduce != at::kHalf) total.mul_(1.0 / divisor());
-    total = total.to(options_.master_device);
-    if (!gradient_.defined()) {
-      gradient_ = std::move(total);
+    if (!adds) {
+      if (!gradient_.is_same(total)) send_gradient(total);
     } else {
+      total = total.to(options_.master_device);
       for (const Slot& slot : slots_) {  // which somebody may have dropped
         if (!slot.shard.master.grad().defined()) own_range(gradient_, slot).zero_();
       }
       gradient_.add_(total);
     }
+  }
+  /// Gives the masters their gradients. `used(i)` says whether slot i has one.
+  template <class Used>
+  void hand_out_gradients(const Used& used) {
+    if (!has_gradient_) return;
     for (std::size_t i = 0; i < slots_.size(); ++i) {
       at::Tensor& gradient = slots_[i].shard.master.mutable_grad();
-      if (!gradient.defined() && used(i)) gradient = own_range(gradient_, slots_[i]).variable_data();
+      if (gradient.defined() || !used(i) || !slots_[i].shard.parameter.requires_grad()) continue;
+      gradient = own_range(gradient_, slots_[i]).variable_data();
     }
   }
   /// Forgets the gradients if the optimizer has dropped them all.
@@ -242,7 +282,25 @@ class FlatUnit {
     for (const Slot& slot : slots_) {
       if (slot.shard.master.grad().defined()) return;
     }
-    gradient_.reset();
+    has_gradient_ = false;
+    if (gradient_.defined() && gradient_.storage().use_count() > 1) gradient_.reset();  // somebody has kept them
+  }
+
+  /// Waits for what is on its way, and drops it.
+  void abandon() noexcept {
+    for (auto* pending : {&arriving_, &leaving_}) {
+      for (const auto& work : *pending) {
+        try {
+          work->wait();
+        } catch (...) {
+          static_cast<void>(work);  // the group is broken, and its messages with it
+        }
+      }
+      pending->clear();
+    }
+    if (options_.copies != nullptr) options_.copies->synchronize();
+    pool_.give(received_);
+    if (options_.frees_buckets) pool_.give(bucket_);
   }
 
   /// How much memory of each kind this rank holds now, in bytes.
@@ -279,6 +337,40 @@ class FlatUnit {
     return part.narrow(0, at, size);
   }
 
+  /// Without values. What a host sends to a device has pages that stay where they are, so that it can be sent beside
+  /// the host's own work.
+  [[nodiscard]] at::Tensor memory_for_part(at::Device device, at::ScalarType dtype) const {
+    const bool pinned = options_.copies != nullptr && device.is_cpu();
+    return at::empty({part_}, at::TensorOptions(device).dtype(dtype).pinned_memory(pinned));
+  }
+  void finish_gather() {
+    exchange_.finish(arriving_, "the gathering of parameters");
+    if (options_.copies != nullptr) options_.copies->join();
+  }
+  /// Begins to send the masters, as what is computed with, from the host to the device.
+  void bring_master() {
+    at::Tensor sent = master_;
+    if (master_.scalar_type() != own_.scalar_type()) sent = memory_for_part(at::kCPU, options_.compute).copy_(master_);
+    options_.copies->follow();
+    options_.copies->run([&] { own_.copy_(sent, /*non_blocking=*/true); });
+    options_.copies->mark();
+    options_.copies->join();
+  }
+  /// Begins to send the gradients from the device to the host.
+  void send_gradient(const at::Tensor& total) {
+    if (options_.copies == nullptr) {
+      gradient_.copy_(total);
+      return;
+    }
+    options_.copies->follow();
+    options_.copies->run([&] { gradient_.copy_(total, /*non_blocking=*/true); });
+    options_.copies->keep(total);
+  }
+
+  void accept_changes() {
+    for (Slot& slot : slots_) slot.version = static_cast<std::int64_t>(slot.shard.parameter._version());
+  }
+
   static void refuse_sparse(const Slot& slot, const at::Tensor& gradient) {
     if (!gradient.is_sparse()) return;
     throw Error("fabric: the gradient of " + slot.shard.name +
@@ -313,22 +405,9 @@ class FlatUnit {
     if (is_in_file(tensor)) store_->release(tensor);
   }
 
-  /// Memory that a message is still written to must not be freed.
-  void abandon() noexcept {
-    for (auto* pending : {&arriving_, &leaving_}) {
-      for (const auto& work : *pending) {
-        try {
-          work->wait();
-        } catch (...) {
-          static_cast<void>(work);  // the group is broken, and its messages with it
-        }
-      }
-      pending->clear();
-    }
-  }
-
   UnitOptions options_;
   const Exchange& exchange_;
+  BufferPool& pool_;
   int number_;
   bool trained_;
   at::ScalarType kept_;  // the dtype that the module was made with
@@ -340,9 +419,11 @@ class FlatUnit {
   at::Tensor whole_;                  // (elements): what the module's parameters are views of
   at::Tensor own_;                    // (part), in the compute dtype
   at::Tensor master_;                 // (part); the same as own_ where that will do
-  at::Tensor gradient_;               // (part), of master_; undefined while there is none
-  at::Tensor bucket_;                 // (elements): gradients on their way out
-  at::Tensor received_;               // and in
+  at::Tensor memory_;                 // of whole_, while it has some
+  at::Tensor gradient_;               // (part), of master_
+  bool has_gradient_ = false;
+  at::Tensor bucket_;    // (elements): gradients on their way out
+  at::Tensor received_;  // and in
   Exchange::Pending arriving_;
   Exchange::Pending leaving_;
 };

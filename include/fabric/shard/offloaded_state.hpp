@@ -29,6 +29,7 @@ class OffloadedState {
   /// Moves what an optimizer keeps for `masters` to files, if it is not there, and gives its memory back.
   void put_away(torch::optim::Optimizer& optimizer, const std::vector<at::Tensor>& masters) {
     const at::NoGradGuard no_grad;
+    std::erase_if(kept_, [](const Kept& kept) { return kept.tensor.use_count() == 1; });  // replaced by a checkpoint
     for (const at::Tensor& master : masters) {
       const auto found = optimizer.state().find(master.unsafeGetTensorImpl());
       if (found == optimizer.state().end()) continue;

@@ -15,6 +15,7 @@
 
 #include "fabric/connector/flags.hpp"
 #include "fabric/module/activation_checkpointing.hpp"
+#include "fabric/shard/module_patterns.hpp"
 #include "fabric/shard/tensor_parallel.hpp"
 
 namespace fabric {
@@ -33,53 +34,35 @@ class Units {
     units.elements_ = elements;
     return units;
   }
-  /// Each module of one of these types: `Units::by_type<BlockImpl>()`.
+  /// Each module of one of these types (`Block` or `BlockImpl`) or derived from them: `Units::by_type<Block>()`.
   template <class... Modules>
   static Units by_type() {
     return by([](std::string_view /*name*/, const torch::nn::Module& module) {
-      return (... || (dynamic_cast<const Modules*>(&module) != nullptr));
+      return (... || (dynamic_cast<const typename detail::ImplOf<Modules>::type*>(&module) != nullptr));
     });
   }
-  /// Each module of one of these names; `*` stands for one component: `Units::by_name({"blocks.*"})`.
+  /// Each module of one of these names; `*` stands for any letters of one component: `Units::by_name({"blocks.*"})`.
   static Units by_name(std::vector<std::string> patterns) {
     return by([patterns = std::move(patterns)](std::string_view name, const torch::nn::Module& /*module*/) {
-      for (const std::string& pattern : patterns) {
-        if (matches(name, pattern)) return true;
-      }
-      return false;
+      return std::any_of(patterns.begin(), patterns.end(),
+                         [&](const std::string& pattern) { return detail::matches_module(pattern, name); });
     });
   }
+  /// Each module of which the predicate says so.
   static Units by(Predicate predicate) {
     Units units;
     units.predicate_ = std::move(predicate);
     return units;
   }
 
+  /// Empty where size decides.
   [[nodiscard]] const Predicate& predicate() const { return predicate_; }
   /// The limit for a module with so many elements.
   [[nodiscard]] std::int64_t elements_of(std::int64_t all) const {
     return elements_ > 0 ? elements_ : std::clamp<std::int64_t>(all / 8, 1, 8'000'000);
   }
 
-  /// Is the name what the pattern says, component by component?
-  static bool matches(std::string_view name, std::string_view pattern) {
-    while (true) {
-      const auto [own, rest] = head(name);
-      const auto [wanted, more] = head(pattern);
-      if (wanted != "*" && wanted != own) return false;
-      if (rest.empty() || more.empty()) return rest.empty() && more.empty();
-      name = rest;
-      pattern = more;
-    }
-  }
-
  private:
-  static std::pair<std::string_view, std::string_view> head(std::string_view name) {
-    const auto dot = name.find('.');
-    return dot == std::string_view::npos ? std::pair(name, std::string_view())
-                                         : std::pair(name.substr(0, dot), name.substr(dot + 1));
-  }
-
   Predicate predicate_;
   std::int64_t elements_ = 0;
 };
@@ -90,10 +73,10 @@ struct ShardingOptions {
   int shard_group_size = 0;              ///< Of Sharding::hybrid; by default the processes of one node.
   TensorParallelPlan tensor_parallel{};  ///< ModelParallel: layers that are divided before the rest is sharded.
   int tensor_parallel_size = 0;          ///< Over how many ranks; 0: with a plan, over the processes of one node.
-  Units units{};
-  bool reshard_after_forward = true;  ///< Give a unit's memory back between its forward and its backward.
-  bool prefetch = true;               ///< Gather the next unit, known from the step before, while this one computes.
-  int units_in_flight = 2;            ///< How many units may be whole at once, with the one that is being fetched.
+  Units units{};                         ///< What is gathered and reduced together.
+  bool reshard_after_forward = true;     ///< Give a unit's memory back between its forward and its backward.
+  bool prefetch = true;                  ///< Gather the next unit, known from the step before, while this one computes.
+  int units_in_flight = 2;               ///< How many units may be whole at once, with the one that is being fetched.
   std::optional<ActivationCheckpointing>
       activation_checkpointing{};       ///< Of the blocks that forward marks; see recompute.
   bool find_unused_parameters = false;  ///< Allow parameters without a part in the loss; one more small collective.
@@ -103,7 +86,7 @@ struct ShardingOptions {
       "/local_nvme";  ///< DeepSpeed<3, Offload::nvme>: the folder for files of parameters and state.
   std::chrono::milliseconds timeout{std::chrono::minutes(30)};  ///< Of each collective.
   bool detect_desync = false;                                   ///< See LaunchOptions, as for the next one.
-  std::string log_dir{};
+  std::string log_dir{};  ///< A folder for one file a rank of what it prints; empty: none.
 };
 
 }  // namespace fabric

@@ -1,7 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <algorithm>
 #include <cmath>
+#include <memory>
+#include <vector>
 
 #include <torch/torch.h>
 
@@ -13,15 +16,20 @@
 
 namespace fabric::detail {
 
-/// `clip_gradients` for the masters of a sharded module, or an optimizer that has them: the norm is that of the whole
-/// module. All ranks call this. `owner`'s parameters are masters of `state`, or of modules that are sharded alike.
+/// `clip_gradients` for the masters of sharded modules, or an optimizer that has them: the norm is that of the whole
+/// modules. All ranks call this. `owner`'s parameters are masters of `states`, which are sharded alike.
 template <class Owner>
-at::Tensor clip_sharded_gradients(const ShardedModule& state, const Owner& owner, const ClipNorm& clip) {
+at::Tensor clip_sharded_gradients(const std::vector<std::shared_ptr<ShardedModule>>& states, const Owner& owner,
+                                  const ClipNorm& clip) {
   check_clip(clip);
+  if (states.empty()) return fabric::clip_gradients(owner, clip);
   const at::NoGradGuard no_grad;
+  const auto is_sliced = [&](const at::Tensor& master) {
+    return std::any_of(states.begin(), states.end(), [&](const auto& state) { return state->is_sliced(master); });
+  };
   NamedParameters sliced;  // on this rank of the tensor group alone
   NamedParameters whole;
-  for (const auto& named : parameters_of(owner)) (state.is_sliced(named.second) ? sliced : whole).push_back(named);
+  for (const auto& named : parameters_of(owner)) (is_sliced(named.second) ? sliced : whole).push_back(named);
   const auto parts = by_device_and_dtype(gradients_of(sliced));
   const auto rest = by_device_and_dtype(gradients_of(whole));
   const auto norm_over = [&](const auto& lists, const World& ranks, const at::Tensor& known) {
@@ -31,7 +39,7 @@ at::Tensor clip_sharded_gradients(const ShardedModule& state, const Owner& owner
     };
     return combined_norm(own, clip.norm_type, combine);
   };
-  const ShardGroups& groups = state.groups();
+  const ShardGroups& groups = states.front()->groups();
   at::Tensor norm = norm_over(rest, groups.shard, {});
   if (groups.tensor.size > 1) {
     const at::Tensor of_slices = norm_over(parts, groups.tensor, norm_over(parts, groups.shard, {}));

@@ -11,7 +11,6 @@
 #include <sstream>
 #include <string>
 #include <type_traits>
-#include <unordered_map>
 #include <unordered_set>
 #include <utility>
 #include <vector>
@@ -23,15 +22,18 @@
 #include "fabric/comm/agreement.hpp"
 #include "fabric/error.hpp"
 #include "fabric/module/activation_checkpointing.hpp"
-#include "fabric/module/deferred_init.hpp"
 #include "fabric/module/parameters.hpp"
 #include "fabric/shard/exchange.hpp"
+#include "fabric/shard/fill_units.hpp"
 #include "fabric/shard/flat_unit.hpp"
+#include "fabric/shard/gradient_reduction.hpp"
 #include "fabric/shard/group_parameters.hpp"
 #include "fabric/shard/offloaded_state.hpp"
 #include "fabric/shard/options.hpp"
 #include "fabric/shard/tensor_slice.hpp"
+#include "fabric/shard/unit_order.hpp"
 #include "fabric/shard/use_on_demand.hpp"
+#include "fabric/side_stream.hpp"
 
 namespace fabric {
 
@@ -60,6 +62,7 @@ class ShardedModule : private detail::UnitOwner {
     std::int64_t gradients = 0;
   };
 
+  /// Holds nothing before `setup`.
   ShardedModule() = default;
   ~ShardedModule() override {
     for (const auto& unit : units_) {
@@ -73,10 +76,16 @@ class ShardedModule : private detail::UnitOwner {
     options_ = options;
     exchange_ = std::make_unique<detail::Exchange>(std::move(groups));
     const World& world = exchange_->groups().world;
+    detail::refuse_foreign_slices(module, exchange_->groups().tensor);
     std::vector<std::string> description;
-    for (const auto& [name, parameter] : parameters_of(module)) description.push_back(describe(name, parameter));
-    for (const auto& buffer : module.named_buffers()) description.push_back(describe(buffer.key(), buffer.value()));
+    for (const auto& [name, parameter] : parameters_of(module))
+      description.push_back(detail::described(name, parameter));
+    for (const auto& buffer : module.named_buffers()) {
+      description.push_back(detail::described(buffer.key(), buffer.value()));
+    }
     detail::require_agreement(world, "setup", description);
+    const auto from_host = [&](at::Device device) { return world.device.is_cuda() && device.is_cpu(); };
+    if (from_host(layout.master_device) || from_host(layout.own_device)) copies_.emplace(world.device);
     for (const NamedParameters& group : detail::group_parameters(module, options.units)) {
       const at::ScalarType kept = group.front().second.scalar_type();
       detail::UnitOptions unit{.compute = layout.compute(kept),
@@ -86,21 +95,30 @@ class ShardedModule : private detail::UnitOwner {
                                .master_device = layout.master_device,
                                .own_device = layout.own_device,
                                .folder = layout.folder,
+                               .copies = copies_ ? &*copies_ : nullptr,
                                .frees_parameters = layout.frees_parameters,
                                .frees_buckets = layout.frees_buckets};
-      units_.push_back(std::make_unique<detail::FlatUnit>(group, unit, *exchange_, static_cast<int>(units_.size())));
+      // By the number, messages find each other: all modules of the process have their own.
+      static int made = 0;
+      units_.push_back(std::make_unique<detail::FlatUnit>(group, unit, *exchange_, pool_, made++));
     }
-    fill_units(module);
+    detail::fill_units(module, units_, world);
     for (at::Tensor& buffer : module.buffers()) {
       const at::NoGradGuard no_grad;
       buffer.set_data(buffer.to(world.device, layout.buffer(buffer.scalar_type())));
     }
-    buffers_ = module.buffers();
+    // With versions of their own: a forward may have saved one that the next forward shares again.
+    for (const at::Tensor& buffer : module.buffers()) buffers_.push_back(buffer.variable_data());
     share(buffers_);
-    for (const auto& unit : units_) begin(*unit);
+    std::vector<Unit*> trained;
     for (auto unit = units_.rbegin(); unit != units_.rend(); ++unit) {  // backward begins at the end
-      if ((*unit)->trained()) order_.push_back(unit->get());
+      if ((*unit)->trained()) trained.push_back(unit->get());
     }
+    reduction_.emplace(std::move(trained), world, options_.find_unused_parameters, [this](Unit& unit) {
+      if (&unit == last_) last_ = nullptr;
+      if (!full_) unit.release();
+    });
+    for (const auto& unit : units_) begin(*unit);
     for (const auto& unit : units_) {
       for (const auto& slot : unit->slots()) {
         shards_.push_back(slot.shard);
@@ -111,6 +129,7 @@ class ShardedModule : private detail::UnitOwner {
 
   /// This rank's parts of all parameters, in the order of the units.
   [[nodiscard]] const std::vector<Shard>& shards() const { return shards_; }
+  /// With whom they are divided.
   [[nodiscard]] const ShardGroups& groups() const { return exchange_->groups(); }
 
   /// The masters with their names: what is clipped, and what optimizers have.
@@ -145,7 +164,13 @@ class ShardedModule : private detail::UnitOwner {
 
   /// The backward is over: sums what has not been summed yet.
   void after_backward() {
-    if (std::exchange(backward_runs_, false)) finish_backward();
+    if (reduction_->finish() && copies_) copies_->synchronize();  // the host is about to read the gradients
+    release_all();
+    backward_.begin();
+  }
+  /// The backward has failed: its gradients are dropped, and no unit stays whole.
+  void abandon_backward() {
+    reduction_->abandon();
     release_all();
     backward_.begin();
   }
@@ -153,49 +178,53 @@ class ShardedModule : private detail::UnitOwner {
   /// Throws fabric::Error when the gradients are not the mean over the ranks.
   void before_step() {
     after_backward();  // of a loss that was not given to fabric.backward
-    if (!unused_.empty()) {
-      throw Error("fabric: these parameters took no part in the loss, so that their gradients cannot be averaged: " +
-                  std::exchange(unused_, {}) +
-                  ". Set the option find_unused_parameters, or leave them out by requires_grad_(false) before setup");
-    }
-    if (unaveraged_) {
-      throw Error(
-          "fabric: the gradients were not averaged over the ranks: the last backward ran under no_backward_sync. Step "
-          "after a backward outside of it");
-    }
+    reduction_->require_averaged();
+    wait_for_copies();
     share_buffers();
   }
   /// The optimizer has changed the masters.
-  void after_step() { changed(); }
-  /// Somebody has changed the masters: what is made from them is made anew.
-  void changed() {
-    for (const auto& unit : units_) unit->begin_changed();
-    for (const auto& unit : units_) unit->finish_changed();
+  void after_step() {
+    stepped_ = true;
+    changed(/*frozen=*/false);
+  }
+  /// Was there a step since setup?
+  [[nodiscard]] bool has_stepped() const { return stepped_; }
+  /// Somebody has changed the masters, of frozen parameters too: what is made from them is made anew.
+  void changed(bool frozen = true) {
+    wait_for_copies();
+    for (const auto& unit : units_) {
+      if (frozen || unit->trained()) unit->begin_changed();
+    }
+    for (const auto& unit : units_) {
+      if (frozen || unit->trained()) unit->finish_changed();
+    }
+    wait_for_copies();
     last_ = nullptr;
   }
+  /// An optimizer has dropped its gradients: what `no_backward_sync` kept goes, too.
   void after_zero_grad() {
-    unaveraged_ = false;
-    unused_.clear();
+    reduction_->after_zero_grad();
     for (const auto& unit : units_) {
       unit->drop_gradients();
-      for (const auto& slot : unit->slots()) slot.shard.parameter.mutable_grad().reset();  // kept by no_backward_sync
+      for (const auto& slot : unit->slots()) slot.shard.parameter.mutable_grad().reset();
     }
   }
 
   /// Calls `function()` with all parameters whole. It may change them, in the same way on all ranks.
   template <class Function>
   void with_full_parameters(Function&& function) {
-    full_ = true;
+    const bool before = std::exchange(full_, true);  // it may be called within itself
     try {
       for (const auto& unit : units_) unit->gather();
       std::forward<Function>(function)();
+      wait_for_copies();
       for (const auto& unit : units_) unit->take_whole();
     } catch (...) {
-      full_ = false;
+      full_ = before;
       release_all();
       throw;
     }
-    full_ = false;
+    full_ = before;
     release_all();
   }
 
@@ -213,7 +242,7 @@ class ShardedModule : private detail::UnitOwner {
     }
     return memory;
   }
-  /// The units, for tests and reports.
+  /// The units themselves.
   [[nodiscard]] const std::vector<std::unique_ptr<detail::FlatUnit>>& units() const { return units_; }
 
   /// What optimizers keep for the unit of that number, if it is offloaded to files.
@@ -230,69 +259,8 @@ class ShardedModule : private detail::UnitOwner {
  private:
   using Unit = detail::FlatUnit;
 
-  /// In which order units are used, as it was seen the last time.
-  class Order {
-   public:
-    void begin() {
-      if (!seen_.empty()) known_ = std::exchange(seen_, {});
-      seen_.clear();
-    }
-    /// Notes a use; returns the unit that came next the last time, or null.
-    Unit* used(Unit& unit) {
-      seen_.push_back(&unit);
-      const bool as_known = seen_.size() < known_.size() && known_[seen_.size() - 1] == &unit;
-      return as_known ? known_[seen_.size()] : nullptr;
-    }
-
-   private:
-    std::vector<Unit*> known_;
-    std::vector<Unit*> seen_;
-  };
-
-  /// "weight: Float [1, 2], trained".
-  static std::string describe(const std::string& name, const at::Tensor& tensor) {
-    std::ostringstream text;
-    text << name << ": " << at::toString(tensor.scalar_type()) << ' ' << tensor.sizes()
-         << (tensor.requires_grad() ? ", trained" : "");
-    return text.str();
-  }
   void share(const std::vector<at::Tensor>& tensors) const {
-    const World& world = exchange_->groups().world;
-    if (!world.group || tensors.empty()) return;
-    constexpr std::size_t bytes_at_once = 250UL * 1024 * 1024;
-    c10d::broadcast_coalesced(world.group, tensors, bytes_at_once);
-  }
-  /// Gives the units the module's values, as soon as all of one unit's are there: a module that was made without memory
-  /// gets them one by one, so that no more than a unit or two are whole at a time.
-  void fill_units(torch::nn::Module& module) {
-    struct Place {
-      Unit* unit;
-      std::size_t slot;
-    };
-    std::unordered_map<const c10::TensorImpl*, Place> places;
-    std::unordered_map<const Unit*, std::vector<at::Tensor>> values;
-    const auto fill_if_complete = [&](Unit& unit) {
-      const auto& own = values.at(&unit);
-      if (!std::all_of(own.begin(), own.end(), [](const at::Tensor& value) { return value.defined(); })) return;
-      unit.fill(own, [&](const at::Tensor& exact) { share({exact}); });
-      values.erase(&unit);
-    };
-    for (const auto& unit : units_) {
-      auto& own = values[unit.get()];
-      for (const auto& slot : unit->slots()) {
-        const at::Tensor& parameter = slot.shard.parameter;
-        places.emplace(parameter.unsafeGetTensorImpl(), Place{unit.get(), own.size()});
-        own.push_back(parameter.is_meta() ? at::Tensor() : parameter.detach());
-      }
-      fill_if_complete(*unit);
-    }
-    const Materialise options{.device = exchange_->groups().world.device};
-    materialise(module, options, [&](const std::string& /*name*/, const at::Tensor& slot, const at::Tensor& real) {
-      const auto place = places.find(slot.unsafeGetTensorImpl());
-      if (place == places.end()) return detail::become(slot, real);  // a buffer
-      values.at(place->second.unit)[place->second.slot] = real;
-      fill_if_complete(*place->second.unit);
-    });
+    detail::broadcast_in_place(exchange_->groups().world.group, tensors);
   }
   /// Gives all ranks rank 0's buffers, if a forward may have changed them since.
   void share_buffers() {
@@ -330,6 +298,11 @@ class ShardedModule : private detail::UnitOwner {
     last_ = nullptr;
     if (!options_.reshard_after_forward && at::GradMode::is_enabled()) return;
     release_all();
+    if (!at::GradMode::is_enabled()) wait_for_copies();  // what may change next is not what backward needs
+  }
+  /// The host's memory is about to change, which a device may still read.
+  void wait_for_copies() const {
+    if (copies_) copies_->synchronize();
   }
   void release_all() {
     in_forward_ = false;
@@ -337,10 +310,20 @@ class ShardedModule : private detail::UnitOwner {
     if (full_) return;
     for (const auto& unit : units_) unit->release();
   }
-  /// `module.to(...)` after setup would have replaced what is sharded.
+  /// `module.to(...)` after setup would have replaced what is sharded, and the next step would undo changes in place.
   void require_own_parameters() const {
     for (const auto& unit : units_) {
+      if (const Shard* shard = unit->changed_in_place()) {
+        throw Error("fabric: the parameter " + shard->name +
+                    " was changed in place since setup, which the next step would undo on all ranks: change it within "
+                    "model.state()->with_full_parameters([&] { ... })");
+      }
       for (const auto& slot : unit->slots()) {
+        if (!unit->trained() && slot.shard.parameter.requires_grad()) {
+          throw Error("fabric: the parameter " + slot.shard.name +
+                      " was frozen at setup and is not any more: set the module up when it is to be trained, or freeze "
+                      "it after setup");
+        }
         if (slot.shard.parameter.storage().unsafeGetStorageImpl() == unit->storage()) continue;
         throw Error(
             "fabric: the parameter " + slot.shard.name +
@@ -391,126 +374,35 @@ class ShardedModule : private detail::UnitOwner {
     }
   }
 
-  // ---- Gradients ----
-
   void arrived(Unit& unit, std::size_t i) {
-    if (!sync_gradients) {
-      unaveraged_ = true;
-      return;
-    }
     const std::lock_guard lock(mutex_);
-    unaveraged_ = false;
-    backward_runs_ = true;
-    unit.slots()[i].arrived = true;
-    const auto& slots = unit.slots();
-    if (!std::all_of(slots.begin(), slots.end(), [](const auto& slot) { return slot.arrived; })) return;
-    if (std::find(complete_.begin(), complete_.end(), &unit) != complete_.end()) return;
-    complete_.push_back(&unit);
-    while (next_ < order_.size() && std::find(complete_.begin(), complete_.end(), order_[next_]) != complete_.end()) {
-      reduce(*order_[next_++]);
-    }
-  }
-  /// Begins to sum a unit's gradients, and gives its parameters back, which backward no longer needs.
-  void reduce(Unit& unit) {
-    constexpr std::size_t at_once = 2;
-    if (leaving_.size() >= at_once) finish_oldest();
-    unit.begin_reduce();
-    leaving_.push_back(&unit);
-    if (&unit == last_) last_ = nullptr;
-    if (!full_) unit.release();
-  }
-  void finish_oldest() {
-    Unit& unit = *leaving_.front();
-    leaving_.erase(leaving_.begin());
-    unit.finish_reduce([&](std::size_t i) { return is_used(unit, i); });
-  }
-  [[nodiscard]] bool is_used(const Unit& unit, std::size_t i) const {
-    return !options_.find_unused_parameters || used_.empty() || used_.at(&unit)[i];
-  }
-
-  void finish_backward() {
-    std::string missing;
-    for (Unit* unit : order_) {
-      for (const auto& slot : unit->slots()) {
-        if (!slot.arrived && slot.shard.parameter.requires_grad()) {
-          missing += (missing.empty() ? "" : ", ") + slot.shard.name;
-        }
-      }
-    }
-    if (options_.find_unused_parameters) find_used();
-    if (!options_.find_unused_parameters) unused_ = missing;
-    while (next_ < order_.size()) reduce(*order_[next_++]);
-    while (!leaving_.empty()) finish_oldest();
-    // What came late, from a second backward through the same graph.
-    for (Unit* unit : order_) {
-      for (auto& slot : unit->slots()) slot.arrived = false;
-    }
-    next_ = 0;
-    agree_on_order();
-    complete_.clear();
-    used_.clear();
-  }
-  /// From the second backward on, gradients are sent in the order in which they came in the first, on rank 0.
-  void agree_on_order() {
-    if (std::exchange(order_is_known_, true)) return;
-    for (Unit* unit : order_) {
-      if (std::find(complete_.begin(), complete_.end(), unit) == complete_.end()) complete_.push_back(unit);
-    }
-    std::vector<std::int64_t> numbers;
-    for (const Unit* unit : complete_) numbers.push_back(unit->number());
-    at::Tensor agreed = torch::tensor(numbers, at::kLong).to(exchange_->groups().world.device);
-    share({agreed});
-    agreed = agreed.cpu();
-    order_.clear();
-    for (std::int64_t i = 0; i < agreed.numel(); ++i) {
-      order_.push_back(units_[static_cast<std::size_t>(agreed[i].item<std::int64_t>())].get());
-    }
-  }
-  /// Which parameters had a part in the loss on any rank.
-  void find_used() {
-    std::vector<std::int64_t> marks;
-    for (const Unit* unit : order_) {
-      for (const auto& slot : unit->slots()) marks.push_back(slot.arrived ? 1 : 0);
-    }
-    const World& world = exchange_->groups().world;
-    at::Tensor all = torch::tensor(marks, at::kLong).to(world.device);
-    all = all_reduce(world, std::move(all), ReduceOp::max).cpu();
-    std::int64_t at = 0;
-    for (const Unit* unit : order_) {
-      auto& used = used_[unit];
-      for (std::size_t i = 0; i < unit->slots().size(); ++i) used.push_back(all[at++].item<std::int64_t>() != 0);
-    }
+    sync_gradients ? reduction_->arrived(unit, i) : reduction_->arrived_locally();
   }
 
   ShardingOptions options_;
   std::unique_ptr<detail::Exchange> exchange_;  // which units refer to
+  detail::BufferPool pool_;                     // likewise
+  std::optional<detail::SideStream> copies_;    // likewise
   std::vector<std::unique_ptr<Unit>> units_;
   std::vector<std::unique_ptr<detail::OffloadedState>> offloaded_;
   std::vector<Shard> shards_;
   std::unordered_set<const c10::TensorImpl*> sliced_;  // of the masters
   std::vector<at::Tensor> buffers_;
   bool buffers_differ_ = false;
+  bool stepped_ = false;
 
   std::recursive_mutex mutex_;  // backward may run on other threads
   bool in_forward_ = false;
   bool full_ = false;
   Unit* last_ = nullptr;       // whole, and the last that was used
   std::vector<Unit*> recent_;  // the last used at the end
-  Order forward_;
-  Order backward_;
+  detail::UnitOrder forward_;
+  detail::UnitOrder backward_;
 
   using Accumulator = decltype(torch::autograd::impl::grad_accumulator(at::Tensor()));
   std::vector<Accumulator> accumulators_;
   std::shared_ptr<char> alive_ = std::make_shared<char>();  // hooks may outlive this
-  std::vector<Unit*> order_;                                // in which gradients are sent, the same on all ranks
-  std::size_t next_ = 0;                                    // in order_
-  std::vector<Unit*> complete_;                             // whose gradients have all come, in this order
-  std::vector<Unit*> leaving_;                              // on their way
-  std::unordered_map<const Unit*, std::vector<bool>> used_;
-  bool order_is_known_ = false;
-  bool backward_runs_ = false;
-  bool unaveraged_ = false;
-  std::string unused_;
+  std::optional<detail::GradientReduction> reduction_;
 };
 
 }  // namespace fabric

@@ -44,16 +44,19 @@ struct Rowwise {
 /// How the layers of a module are divided, by their names: `{{"blocks.*.mlp.up", Colwise{}}, {"blocks.*.mlp.down",
 /// Rowwise{}}}`. A * stands for any letters of one component of a name; the empty name is the module itself.
 struct TensorParallelPlan {
+  /// How a layer is divided.
   using Style = std::variant<Colwise, Rowwise>;
+  /// The layers of one pattern.
   struct Entry {
-    std::string pattern;
+    std::string pattern;  ///< Of names in the module; `*` stands for any letters of one component.
     Style style;
   };
 
+  /// A plan that divides nothing.
   TensorParallelPlan() = default;
   TensorParallelPlan(std::initializer_list<Entry> list) : entries(list) {}
 
-  std::vector<Entry> entries;
+  std::vector<Entry> entries;  ///< In the order of the program; each layer is named once at most.
 };
 
 namespace detail {
@@ -99,13 +102,15 @@ class TensorParallelizer {
   void share() {
     std::vector<std::string> description;
     std::vector<at::Tensor> tensors;
+    std::vector<at::Tensor> elsewhere;  // than the group's device
     const auto add = [&](const std::string& name, const at::Tensor& tensor) {
       const Part* part = find(tensor);
       std::ostringstream text;
       text << name << ": " << at::toString(tensor.scalar_type()) << ' ' << tensor.sizes();
       if (part != nullptr) text << ", divided along dimension " << part->dim << part->options();
       description.push_back(text.str());
-      if (!tensor.is_meta()) tensors.push_back(tensor.detach());
+      if (tensor.is_meta()) return;
+      (tensor.device().type() == tensor_.device.type() ? tensors : elsewhere).push_back(tensor.detach());
     };
     std::unordered_set<const c10::TensorImpl*> registered;
     for (const auto& [name, parameter] : parameters_of(module_)) {
@@ -117,8 +122,8 @@ class TensorParallelizer {
     }
     for (const auto& buffer : module_.named_buffers()) add(buffer.key(), buffer.value());
     require_agreement(tensor_, "parallelize_module", description);
-    constexpr std::size_t bytes_at_once = 250UL * 1024 * 1024;
-    if (!tensors.empty()) c10d::broadcast_coalesced(tensor_.group, tensors, bytes_at_once);
+    broadcast_in_place(tensor_.group, tensors);
+    for (at::Tensor& tensor : elsewhere) tensor.copy_(broadcast(tensor_, tensor, 0));
   }
 
   void divide() {

@@ -61,17 +61,20 @@ class DdpModule {
             "' holds this rank's slice of a parameter (parallelize_module), and Ddp would average it with other "
             "slices. Use ModelParallel, or average gradients over the mesh's data group yourself");
       }
-      description.push_back(describe(name, parameter));
+      description.push_back(detail::described(name, parameter));
       replicated.push_back(parameter.detach());
       if (!parameter.requires_grad()) continue;
       names_.emplace(parameters_.size(), name);
       parameters_.push_back(parameter);
     }
-    buffers_ = module.buffers();
+    // With versions of their own: a forward may have saved one that the next forward shares again.
+    for (const at::Tensor& buffer : module.buffers()) buffers_.push_back(buffer.variable_data());
     for (const at::Tensor& buffer : buffers_) replicated.push_back(buffer.detach());
-    for (const auto& buffer : module.named_buffers()) description.push_back(describe(buffer.key(), buffer.value()));
+    for (const auto& buffer : module.named_buffers()) {
+      description.push_back(detail::described(buffer.key(), buffer.value()));
+    }
     detail::require_agreement(world, "setup", description);
-    broadcast(replicated);
+    detail::broadcast_in_place(group_, replicated);
     if (parameters_.empty()) return;  // nothing to train, nothing to reduce
 
     constexpr double mb = 1024.0 * 1024.0;
@@ -164,23 +167,11 @@ class DdpModule {
     reducer_->register_comm_hook(std::make_unique<CompressionHook<dtype>>(group_));
   }
 
-  /// "weight: Float [1, 2], trained".
-  static std::string describe(const std::string& name, const at::Tensor& tensor) {
-    std::ostringstream text;
-    text << name << ": " << at::toString(tensor.scalar_type()) << ' ' << tensor.sizes()
-         << (tensor.requires_grad() ? ", trained" : "");
-    return text.str();
-  }
   /// Gives all ranks rank 0's buffers, if a forward may have changed them since.
   void share_buffers() {
     if (!options_.broadcast_buffers || !std::exchange(buffers_differ_, false)) return;
-    broadcast(buffers_);
+    detail::broadcast_in_place(group_, buffers_);
   }
-  void broadcast(const std::vector<at::Tensor>& tensors) {
-    constexpr size_t bytes_at_once = 250UL * 1024 * 1024;
-    if (!tensors.empty()) c10d::broadcast_coalesced(group_, tensors, bytes_at_once);
-  }
-
   /// With a static graph the first backward finds out how often each parameter is used; reducing waits until it is
   /// over.
   [[nodiscard]] bool delays_first_all_reduce() const { return options_.static_graph && !*first_backward_seen_; }

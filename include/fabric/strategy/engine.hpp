@@ -25,7 +25,8 @@ namespace fabric {
 /// - `moves_modules`, false if `setup` brings the module to the device by itself;
 /// - `void adopt(torch::optim::Optimizer&, const std::vector<std::shared_ptr<ModuleState>>&)`: an optimizer of these
 ///   modules' parameters is set up, which may have to change others instead;
-/// - `clip_gradients(state, owner, ClipNorm)`: clips what a module or an optimizer has, and returns the norm;
+/// - `void abandon_backward(ModuleState&)`: an exception has left backward;
+/// - `clip_gradients(states, owner, ClipNorm)`: clips what modules or an optimizer have, and returns the norm;
 /// - `World data_world(const World&)`: the ranks among which data are divided, where that is not all;
 /// - `step(states, optimizer, step)`: calls `step()`, which steps the optimizer, and returns its result, or steps it in
 ///   portions;

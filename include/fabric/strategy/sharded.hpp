@@ -18,6 +18,7 @@
 #include "fabric/comm/process_group.hpp"
 #include "fabric/comm/subgroup.hpp"
 #include "fabric/connector/selection.hpp"
+#include "fabric/device.hpp"
 #include "fabric/error.hpp"
 #include "fabric/launch/processes.hpp"
 #include "fabric/module/deferred.hpp"
@@ -104,7 +105,9 @@ class ShardedEngine {
     }
     Options options = options_;
     if (options.sharding == Sharding::grad_op) options.reshard_after_forward = false;
+    const OwnPages own_pages(world.device);
     state.setup(module, groups, options, layout(world, precision));
+    if (world.device.is_cpu()) return_freed_memory();  // of the module as it was whole
   }
   /// The ranks among which data are divided.
   [[nodiscard]] World data_world(const World& world) const { return groups_of(world).world; }
@@ -115,11 +118,11 @@ class ShardedEngine {
   static auto forward(ShardedModule& state, Run&& run) {
     return state.forward(std::forward<Run>(run));
   }
-  /// `clip_gradients` of a module's masters, or of an optimizer that has them.
+  /// `clip_gradients` of the masters of modules, or of an optimizer that has them.
   template <class Owner>
-  static at::Tensor clip_gradients(const std::shared_ptr<ShardedModule>& state, const Owner& owner,
+  static at::Tensor clip_gradients(const std::vector<std::shared_ptr<ShardedModule>>& states, const Owner& owner,
                                    const ClipNorm& clip) {
-    return clip_sharded_gradients(*state, owner, clip);
+    return clip_sharded_gradients(states, owner, clip);
   }
   /// `step()`, which steps the optimizer, for all parameters at once or, where its state is in files, for one unit
   /// after the other.
@@ -129,10 +132,18 @@ class ShardedEngine {
     if constexpr (facts.optimizer_offload == Offload::nvme) {
       return step_by_unit(states, optimizer, step);
     } else {
+      // The first step makes the optimizer's state.
+      std::optional<OwnPages> own_pages;
+      for (const auto& state : states) {
+        if (state->has_stepped() || state->shards().empty()) continue;
+        own_pages.emplace(state->shards().front().master.device());
+        break;
+      }
       return step();
     }
   }
   static void after_backward(ShardedModule& state) { state.after_backward(); }
+  static void abandon_backward(ShardedModule& state) { state.abandon_backward(); }
   static void before_step(ShardedModule& state) { state.before_step(); }
   static void after_step(ShardedModule& state) { state.after_step(); }
   static void after_zero_grad(ShardedModule& state) { state.after_zero_grad(); }
@@ -217,11 +228,13 @@ class ShardedEngine {
     const bool exact = is_deepspeed && precision.module && *precision.module != Scalar::f64;
     layout.master = [](at::ScalarType kept) { return kept; };
     if (precision.module) layout.master = converted(exact ? Scalar::f32 : *precision.module);
-    const bool is_alone = groups_of(world).shard.size == 1;
-    layout.frees_parameters = !is_alone && (!is_deepspeed || facts.stage == 3);
-    layout.frees_buckets = !is_deepspeed || facts.stage > 1;
     layout.master_device = is_offloaded(facts.optimizer_offload) ? at::Device(at::kCPU) : world.device;
     layout.own_device = is_offloaded(facts.parameter_offload) ? at::Device(at::kCPU) : world.device;
+    // One rank alone has all of them all the time, unless they wait elsewhere than where they are used.
+    const bool elsewhere = layout.own_device != world.device || facts.parameter_offload == Offload::nvme;
+    const bool frees = groups_of(world).shard.size > 1 || elsewhere;
+    layout.frees_parameters = frees && (!is_deepspeed || facts.stage == 3);
+    layout.frees_buckets = !is_deepspeed || facts.stage > 1;
     if (facts.optimizer_offload == Offload::nvme) layout.folder = options_.nvme_path;
     return layout;
   }
