@@ -32,7 +32,7 @@ Result measure(const Settings& settings) {
   auto [model, optimizer] = fabric.setup(net, torch::optim::SGD(net->parameters(), 0.01));
 
   at::Tensor loss;
-  const auto train = [&](int steps) {
+  const auto train = [&, &model = model, &optimizer = optimizer](int steps) {
     for (int step = 0; step < steps; ++step) {
       optimizer.zero_grad();
       loss = torch::mse_loss(model(inputs), targets);
