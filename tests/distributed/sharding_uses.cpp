@@ -213,6 +213,7 @@ TEST_CASE("[issue-8.2] gradients that the program keeps stay as they were") {
     };
     const auto first = gradients(0);
     std::vector<at::Tensor> copies;
+    copies.reserve(first.size());
     for (const at::Tensor& gradient : first) copies.push_back(gradient.clone());
     (void)gradients(1);
     REQUIRE(equal(first, copies));
@@ -262,9 +263,11 @@ TEST_CASE("[issue-8.2] two sharded modules in one graph, with one optimizer each
     const auto keep = [&](Net& net) {
       for (const at::Tensor& parameter : net->parameters()) all.push_back(parameter.detach().clone());
     };
-    if constexpr (requires { generator.state()->with_full_parameters([] {}); }) {
-      generator.state()->with_full_parameters([&] { keep(g); });
-      discriminator.state()->with_full_parameters([&] { keep(d); });
+    const auto of_generator = generator.state();
+    const auto of_discriminator = discriminator.state();
+    if constexpr (requires { of_generator->with_full_parameters([] {}); }) {
+      of_generator->with_full_parameters([&] { keep(g); });
+      of_discriminator->with_full_parameters([&] { keep(d); });
     } else {
       keep(g);
       keep(d);

@@ -78,8 +78,9 @@ std::vector<at::Tensor> train(F& fabric, const std::string& from, const std::str
       whole.push_back(slice ? full_tensor(*slice) : parameter.detach().clone());
     }
   };
-  if constexpr (requires { model.state()->with_full_parameters(keep); }) {
-    model.state()->with_full_parameters(keep);
+  const auto full_state = model.state();
+  if constexpr (requires { full_state->with_full_parameters(keep); }) {
+    full_state->with_full_parameters(keep);
   } else {
     keep();
   }

@@ -147,6 +147,8 @@ def fsdp2(rank, ranks, rendezvous, folder):
         train(model, optimizer, x[rows], y[rows], 1)
         same_training(model, optimizer, expected, expected_optimizer)
     dist.destroy_process_group()
+    sys.stdout.flush()
+    os._exit(0)  # past the end of PyTorch's threads, at which a process sometimes aborts
 
 
 def goes_on_from_fsdp2(folder):

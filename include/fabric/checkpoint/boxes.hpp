@@ -105,6 +105,7 @@ inline void add_boxes(at::IntArrayRef sizes, std::size_t dimension, Box& box, st
     }
   }
   std::vector<const Box*> sorted;
+  sorted.reserve(boxes.size());
   for (const Box& box : boxes) sorted.push_back(&box);
   std::sort(sorted.begin(), sorted.end(),
             [along](const Box* a, const Box* b) { return a->offsets[along] < b->offsets[along]; });

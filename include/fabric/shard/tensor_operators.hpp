@@ -108,7 +108,7 @@ struct Divide : torch::autograd::Function<Divide> {
   at::Tensor output = input.view_as(input);
   output.register_hook([tensor](const at::Tensor& gradient) {
     refuse_double_backward();
-    const at::Tensor sum = gradient.clone(at::MemoryFormat::Contiguous);  // others may hold the gradient too
+    at::Tensor sum = gradient.clone(at::MemoryFormat::Contiguous);  // others may hold the gradient too
     sum_data(tensor, sum);
     return sum;
   });

@@ -21,7 +21,7 @@ class CompressionHook : public c10d::CppCommHookInterface<c10::intrusive_ptr<c10
   using CompressionHook::CppCommHookInterface::CppCommHookInterface;
 
   c10::intrusive_ptr<c10::ivalue::Future> runHook(c10d::GradBucket& bucket) override {
-    const at::Tensor wide = bucket.getBuffer();
+    const at::Tensor& wide = bucket.getBuffer();
     std::vector<at::Tensor> narrow{wide.div(state_->getSize()).to(dtype)};
     const auto reduced = state_->allreduce(narrow)->getFuture();
     return reduced->then(

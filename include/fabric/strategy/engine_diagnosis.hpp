@@ -68,6 +68,7 @@ struct CodeFor<A, S, P> {
 /// True if there is code for these policies; else the compiler stops at a type that says what is missing.
 template <class A, class S, class P, class E>
 constexpr bool diagnose_engine() {
+  // NOLINTNEXTLINE(bugprone-branch-clone): each stops at a type of its own
   if constexpr (first_refusal(combination_v<A, S, P, E>) != RuleId::none) {
     return true;  // already refused by a rule
   } else if constexpr (!HasEngine<A, S>) {
