@@ -10,3 +10,7 @@ echo "$output"
 echo "$output" | awk -F= '$1 == "accuracy" { good += $2 >= 0.96 } END { exit !(good == 1 && NR == 1) }'
 grep -q 'stay in BF16: logits (128 -> 10)' "$folder/stderr"
 if grep -q 'hidden' "$folder/stderr"; then exit 1; fi
+
+# [issue-5.accept] Likewise with weights in half floats, which need a larger eps.
+"$FABRIC_BIN/train_digits" --accelerator cpu --devices 1 --precision transformer-engine-float16 --eps 1e-4 --epochs 8 2>"$folder/stderr" |
+  awk -F= '{ print } $1 == "accuracy" { good += $2 >= 0.96 } END { exit !(good == 1) }'
