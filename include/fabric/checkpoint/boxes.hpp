@@ -91,6 +91,17 @@ inline void add_boxes(at::IntArrayRef sizes, std::size_t dimension, Box& box, st
   return tensor;
 }
 
+/// Calls `visit(part, box)` for each box. `flat` (n) has their elements, one box after the other; `part` is a view of
+/// those of one, in its sizes.
+template <class Visit>
+void for_each_box(const at::Tensor& flat, const std::vector<Box>& boxes, const Visit& visit) {
+  std::int64_t done = 0;
+  for (const Box& box : boxes) {
+    visit(flat.narrow(0, done, box.numel()).view(box.sizes), box);
+    done += box.numel();
+  }
+}
+
 /// Do two of them share an element? Quick where they follow each other in some dimension, as the parts of ranks do.
 [[nodiscard]] inline bool overlap(const std::vector<Box>& boxes) {
   if (boxes.size() < 2) return false;

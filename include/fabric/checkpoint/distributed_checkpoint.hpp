@@ -211,12 +211,8 @@ struct DistributedCheckpoint {
         return file.add(key, place, tensor->sizes(), Box::whole(tensor->sizes()), empty);
       }
       if (!part->writes) return;
-      const at::Tensor own = part->own.cpu();
-      std::int64_t done = 0;
-      for (const Box& box : part->boxes()) {
-        file.add(key, place, tensor->sizes(), box, own.narrow(0, done, box.numel()).view(box.sizes));
-        done += box.numel();
-      }
+      for_each_box(part->own.cpu(), part->boxes(),
+                   [&](const at::Tensor& own, const Box& box) { file.add(key, place, tensor->sizes(), box, own); });
     });
     file.commit();
     return detail::JsonWriter::write(Dict{{"name", file.name()}, {"facts", file.facts()}}) + '\n' +

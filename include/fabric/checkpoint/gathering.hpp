@@ -267,11 +267,9 @@ class Gathering {
         world_.group->recv(message, source.rank, tag)->wait();
         if (in_place) continue;
       }
-      std::int64_t done = 0;
-      for (const Box& box : source.boxes) {
-        part_of(all, Box::whole(whole.sizes), box).copy_(part.narrow(0, done, box.numel()).view(box.sizes));
-        done += box.numel();
-      }
+      for_each_box(part, source.boxes, [&](const at::Tensor& own, const Box& box) {
+        part_of(all, Box::whole(whole.sizes), box).copy_(own);
+      });
     }
     whole.own = at::Tensor();
     here_[next_++] = all.view({-1});

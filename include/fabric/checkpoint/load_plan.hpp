@@ -49,34 +49,28 @@ class LoadPlan {
   }
   /// `target` (n) will be the elements of `source` that are in the boxes, one box after the other.
   void fill_boxes(const at::Tensor& target, const at::Tensor& source, const std::vector<Box>& boxes) {
-    std::int64_t done = 0;
-    for (const Box& box : boxes) {
-      const at::Tensor part = target.narrow(0, done, box.numel()).view(box.sizes);
-      done += box.numel();
+    for_each_box(target, boxes, [&](const at::Tensor& part, const Box& box) {
       if (is_stored(source)) {
         stored_->check(source, box);
         change([stored = stored_, part, source, box] { stored->read(source, box, part); });
       } else {
         change([part, source, box] { part.copy_(part_of(source, Box::whole(source.sizes()), box)); });
       }
-    }
+    });
   }
   /// The same as a tensor of its own, now.
   [[nodiscard]] at::Tensor read_boxes(const at::Tensor& source, const std::vector<Box>& boxes) const {
     std::int64_t all = 0;
     for (const Box& box : boxes) all += box.numel();
     at::Tensor range = at::empty({all}, source.options().device(at::kCPU));
-    std::int64_t done = 0;
-    for (const Box& box : boxes) {
-      const at::Tensor part = range.narrow(0, done, box.numel()).view(box.sizes);
-      done += box.numel();
+    for_each_box(range, boxes, [&](const at::Tensor& part, const Box& box) {
       if (is_stored(source)) {
         stored_->check(source, box);
         stored_->read(source, box, part);
       } else {
         part.copy_(part_of(source, Box::whole(source.sizes()), box));
       }
-    }
+    });
     return range;
   }
   /// A value with all its tensors in memory.

@@ -8,9 +8,7 @@
 #include <memory>
 #include <mutex>
 #include <optional>
-#include <sstream>
 #include <string>
-#include <type_traits>
 #include <unordered_set>
 #include <utility>
 #include <vector>
@@ -164,7 +162,7 @@ class ShardedModule : private detail::UnitOwner {
 
   /// The backward is over: sums what has not been summed yet.
   void after_backward() {
-    if (reduction_->finish() && copies_) copies_->synchronize();  // the host is about to read the gradients
+    if (reduction_->finish()) wait_for_copies();  // the host is about to read the gradients
     release_all();
     backward_.begin();
   }

@@ -172,6 +172,7 @@ class DdpModule {
     if (!options_.broadcast_buffers || !std::exchange(buffers_differ_, false)) return;
     detail::broadcast_in_place(group_, buffers_);
   }
+
   /// With a static graph the first backward finds out how often each parameter is used; reducing waits until it is
   /// over.
   [[nodiscard]] bool delays_first_all_reduce() const { return options_.static_graph && !*first_backward_seen_; }
