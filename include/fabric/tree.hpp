@@ -100,9 +100,11 @@ constexpr std::size_t count_fields() {
                   "fabric: a structure of tensors has at most twelve members; adapt it with BOOST_HANA_ADAPT_STRUCT");
     static_assert(n > 0, "fabric: cannot see the members of this structure; adapt it with BOOST_HANA_ADAPT_STRUCT");
     return n;
+  } else if constexpr (n > 0) {
+    return count_fields<T, n - 1>();
   } else {
     static_assert(n > 0, "fabric: cannot see the members of this structure; adapt it with BOOST_HANA_ADAPT_STRUCT");
-    return count_fields<T, n - 1>();
+    return n;
   }
 }
 

@@ -12,8 +12,11 @@ Usage: run.py SOURCE COMPILER [FLAG...]
 
 import os
 import re
+import resource
 import subprocess
 import sys
+
+MEMORY = 6 << 30  # bytes of address space; a compiler needs one or two
 
 
 def compile(compiler, source, flags):
@@ -21,7 +24,9 @@ def compile(compiler, source, flags):
     is_clang = "clang" in os.path.realpath(compiler)
     carets = "-fno-caret-diagnostics" if is_clang else "-fno-diagnostics-show-caret"
     command = [compiler, "-std=c++20", "-fsyntax-only", carets, *flags, source]
-    result = subprocess.run(command, capture_output=True, text=True, errors="replace")
+    # An error that sends a compiler round in circles ends here, rather than with the machine's memory.
+    limit = lambda: resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    result = subprocess.run(command, capture_output=True, text=True, errors="replace", preexec_fn=limit)
     return result.returncode, result.stderr + result.stdout
 
 
@@ -33,6 +38,8 @@ def complaint(source, text, compiler, flags):
     status, output = compile(compiler, source, flags)
     if status == 0:
         return "it compiles, but must not"
+    if re.search(r"out of memory|internal compiler error|frontend command failed|stack dump", output, re.I):
+        return f"the compiler itself failed:\n{output}"
     for regex in expected:
         if not any(re.search(regex, line) for line in output.splitlines()):
             return f"no line of the output matches: {regex}\n{output}"
