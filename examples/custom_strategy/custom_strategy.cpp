@@ -49,7 +49,7 @@ class fabric::Engine<fabric::Cpu, Average> {
     }
   }
   static void before_step(ModuleState& /*state*/) {}
-  static void after_zero_grad(ModuleState& /*state*/) {}
+  static void after_zero_grad(ModuleState& /*state*/, const torch::optim::Optimizer& /*optimizer*/) {}
   static SyncGuard no_backward_sync(ModuleState& state, bool enabled) {
     state.local = enabled;
     return {state};

@@ -573,7 +573,13 @@ class Fabric {
       }
       using O = typename decltype(optimizer)::element_type;
       detail::Scaling<Plugin> scaling;
-      if constexpr (Plugin::has_scaler) scaling = {scaler_, scaler_->watch(optimizer)};
+      if constexpr (Plugin::has_scaler) {
+        GradScaler::Waiting waiting;
+        if constexpr (requires { Engine::local_gradients(states, *optimizer); }) {
+          waiting = [states, watched = optimizer.get()] { return Engine::local_gradients(states, *watched); };
+        }
+        scaling = {scaler_, scaler_->watch(optimizer, std::move(waiting))};
+      }
       return FabricOptimizer<O, Engine, Plugin>(std::move(optimizer), std::move(states), std::move(scaling));
     }
   }

@@ -231,6 +231,8 @@ void compare_all(const Units& units) {
                         expected);
   compare<Zero<3, Offload::cpu>, Net>("stage 3, offloaded", {.units = units}, expected);
   compare<Zero<3, Offload::nvme>, Net>("stage 3, in files", {.units = units, .nvme_path = "/tmp"}, expected);
+  compare<Zero<3, Offload::nvme>, Net>("stage 3, past the cache",
+                                       {.units = units, .nvme_path = "/tmp", .nvme_direct = true}, expected);
   compare<Sharded, Net>("full, by size", {.units = Units::by_size(500)}, expected);
 }
 

@@ -245,6 +245,51 @@ TEST_CASE("[issue-8.2] ranks that use other parameters agree step after step, an
   on_ranks<F32, Sharded>({.sharding = Sharding::none, .units = by_part, .find_unused_parameters = true}, run);
 }
 
+TEST_CASE("[issue-8.2] an optimizer's zero_grad leaves what another gathers under no_backward_sync") {
+  const auto run = [](auto& fabric) {
+    Net net = make_net();
+    std::vector<at::Tensor> front;
+    std::vector<at::Tensor> back;
+    for (std::size_t i = 0; i < 5; ++i) {
+      for (const at::Tensor& parameter : net->part(i).parameters()) (i < 2 ? front : back).push_back(parameter);
+    }
+    auto [model, first, second] = fabric.setup(net, optim::SGD(front, 0.05), optim::SGD(back, 0.05));
+    for (int step = 0; step < 3; ++step) {
+      first.zero_grad();
+      second.zero_grad();
+      {
+        const auto guard = fabric.no_backward_sync(model);
+        fabric.backward(model(batch(fabric, 2 * step)).pow(2).mean());
+      }
+      first.zero_grad();
+      REQUIRE_THROWS_WITH(second.step(), ContainsSubstring("no_backward_sync"));
+      fabric.backward(model(batch(fabric, 2 * step + 1)).pow(2).mean());
+      first.step();
+      second.step();
+    }
+    std::vector<at::Tensor> all;
+    const auto keep = [&, &net = net] {
+      for (const at::Tensor& parameter : net->parameters()) all.push_back(parameter.detach().clone());
+    };
+    const auto state = model.state();
+    if constexpr (requires { state->with_full_parameters(keep); }) {
+      state->with_full_parameters(keep);
+    } else {
+      keep();
+    }
+    return all;
+  };
+  std::vector<at::Tensor> expected;
+  on_ranks<F32>([&](auto& fabric) { expected = run(fabric); });
+  const auto compare = [&](auto& fabric) {
+    const auto ours = run(fabric);
+    REQUIRE(ours.size() == expected.size());
+    for (std::size_t i = 0; i < ours.size(); ++i) REQUIRE(at::allclose(ours[i], expected[i], 1e-5, 1e-6));
+  };
+  on_ranks<F32, Sharded>({.units = by_part}, compare);
+  on_ranks<F32, Zero<2>>({.units = by_part}, compare);
+}
+
 TEST_CASE("[issue-8.2] two sharded modules in one graph, with one optimizer each, as in adversarial training") {
   const auto run = [](auto& fabric) {
     torch::manual_seed(3);

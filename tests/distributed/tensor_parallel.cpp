@@ -799,7 +799,7 @@ TEST_CASE("[issue-8.1] a divided module is sharded over the data group: 2 x 2 le
         return torch::cross_entropy_loss(net(rows.narrow(1, 0, 6)).flatten(0, 1), rows.narrow(1, 1, 6).flatten());
       };
       ours.zero_grad();
-      state.after_zero_grad();
+      state.after_zero_grad(ours);
       whole->zero_grad();
       const auto own = batch.chunk(mesh.data.size)[static_cast<std::size_t>(mesh.data.global_rank)];
       const auto loss = state.forward([&, &net = divided] { return loss_of(net, own); });

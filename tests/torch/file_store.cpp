@@ -9,11 +9,13 @@
 #include <string>
 #include <vector>
 
+#include <fcntl.h>
 #include <malloc.h>
 #include <torch/torch.h>
 #include <unistd.h>
 
 #include "fabric/shard/file_store.hpp"
+#include "fabric/shard/file_transfers.hpp"
 #include "support/catch.hpp"
 
 namespace {
@@ -53,7 +55,7 @@ std::string message_of(const std::function<void()>& function) {
 
 /// Runs a test for each way of having pages.
 template <class Test>
-void both_ways(const Test& test) {
+void each_way(const Test& test) {
   SECTION("mapped") { test(static_cast<MappedPages*>(nullptr)); }
   SECTION("buffered") { test(static_cast<BufferedPages*>(nullptr)); }
 }
@@ -61,7 +63,7 @@ void both_ways(const Test& test) {
 }  // namespace
 
 TEST_CASE("[issue-8.4] tensors in a file: what was written is there again, and memory stays bounded") {
-  both_ways([]<class Pages>(Pages* /*type*/) {
+  each_way([]<class Pages>(Pages* /*type*/) {
     const Folder folder;
     constexpr int number = 16;
     constexpr std::int64_t size = 16 * mebibyte;
@@ -98,8 +100,69 @@ TEST_CASE("[issue-8.4] tensors in a file: what was written is there again, and m
   });
 }
 
+TEST_CASE("[issue-8.4] who looks at what was released finds its values, again and again") {
+  each_way([]<class Pages>(Pages* /*type*/) {
+    const Folder folder;
+    constexpr std::int64_t size = 3 * mebibyte;  // of whole pages and more than one transfer
+    FileStore<Pages> store(folder.path, 3 * size);
+    std::vector<at::Tensor> tensors;
+    for (int i = 0; i < 3; ++i) tensors.push_back(store.tensor({size / 4}, at::kFloat));
+    for (int step = 0; step < 3; ++step) {
+      for (int i = 0; i < 3; ++i) {
+        store.fetch(tensors[i]);
+        tensors[i].fill_(10 * step + i);
+        store.release(tensors[i]);
+      }
+      if (step > 0) store.finish();
+      for (int i = 0; i < 3; ++i) REQUIRE(tensors[i].eq(10 * step + i).all().item<bool>());
+    }
+  });
+}
+
+TEST_CASE("[issue-8.4] the engine's store is mapped, or goes past the cache, as the program says") {
+  const Folder folder;
+  for (const bool past_cache : {false, true}) {
+    FileStore<> store(folder.path, mebibyte, past_cache);
+    const at::Tensor tensor = store.tensor({1000}, at::kFloat);
+    tensor.fill_(3);
+    store.release(tensor);
+    store.finish();
+    REQUIRE(store.fetch(tensor));
+    REQUIRE_FALSE(store.fetch(tensor));
+    tensor.fill_(4);
+    store.discard(tensor);
+    // The pages of the cache are the file's own, where nothing is discarded.
+    REQUIRE(tensor.eq(past_cache ? 3 : 4).all().item<bool>());
+  }
+}
+
+TEST_CASE("[issue-8.4] a disk that fails is an error of the range that it failed at, once") {
+  const Folder folder;
+  const int only_writable = open((folder.path + "/file").c_str(), O_CREAT | O_WRONLY | O_CLOEXEC, 0600);
+  REQUIRE(only_writable >= 0);
+  {
+    constexpr std::int64_t size = 8 * mebibyte;
+    std::vector<char> memory(static_cast<std::size_t>(2 * size), 'x');
+    fabric::detail::FileTransfers transfers(only_writable, memory.data());
+    const fabric::detail::FileRange unreadable{0, size};
+    const fabric::detail::FileRange written{size, size};
+    bool others_are_well = false;
+    const std::string message = message_of([&] {
+      transfers.begin_read(unreadable);
+      transfers.begin_write(written);
+      transfers.finish(written);
+      others_are_well = true;
+      transfers.finish(unreadable);
+    });
+    REQUIRE(message.starts_with("fabric: offload: the disk failed to give back"));
+    REQUIRE(others_are_well == transfers.in_background());  // otherwise reading has failed at once
+    transfers.finish(unreadable);
+  }
+  close(only_writable);
+}
+
 TEST_CASE("[issue-8.4] the tensors are no copies, keep their addresses, and outlive the store") {
-  both_ways([]<class Pages>(Pages* /*type*/) {
+  each_way([]<class Pages>(Pages* /*type*/) {
     const Folder folder;
     at::Tensor tensor;
     at::Tensor other;
@@ -133,7 +196,7 @@ TEST_CASE("[issue-8.4] the tensors are no copies, keep their addresses, and outl
 }
 
 TEST_CASE("[issue-8.4] the file has no name from the beginning, so that nothing is left of a process that is killed") {
-  both_ways([]<class Pages>(Pages* /*type*/) {
+  each_way([]<class Pages>(Pages* /*type*/) {
     const Folder folder;
     FileStore<Pages> store(folder.path, mebibyte);
     const at::Tensor tensor = store.tensor({1000}, at::kFloat);
@@ -145,7 +208,7 @@ TEST_CASE("[issue-8.4] the file has no name from the beginning, so that nothing 
 }
 
 TEST_CASE("[issue-8.4] a full disk, a wrong folder and a full store are errors that say what is missing") {
-  both_ways([]<class Pages>(Pages* /*type*/) {
+  each_way([]<class Pages>(Pages* /*type*/) {
     const Folder folder;
     constexpr std::int64_t too_much = std::int64_t{1} << 60;
     const std::string full = message_of([&] { FileStore<Pages>(folder.path, too_much); });

@@ -224,6 +224,23 @@ TEST_CASE("[issue-5.2] an optimizer may gather gradients over several updates of
   CHECK(rarely.value() == -4);
 }
 
+TEST_CASE("[issue-5.2] gradients that wait elsewhere follow the factor, unscaled as those of their optimizer may be") {
+  GradScaler scaler({.init_scale = 8, .growth_factor = 2, .growth_interval = 1});
+  One stepping;
+  One gathering;
+  const at::Tensor elsewhere = torch::tensor({24.0F});
+  const auto gradients = scaler.watch(stepping.sgd);
+  const auto gathered = scaler.watch(gathering.sgd, [&] { return std::vector{elsewhere}; });
+  scaler.scale(stepping.loss(1)).backward();
+  scaler.scale(gathering.loss(3)).backward();
+  REQUIRE(scaler.step(*stepping.sgd, *gradients));
+  scaler.unscale(*gathered);
+  scaler.update();
+  REQUIRE(scaler.get_scale() == 16);
+  REQUIRE(gathering.gradient() == 3);
+  REQUIRE(elsewhere.item<float>() == 48);
+}
+
 TEST_CASE("[issue-5.2] a backward after clipping, or after a step, adds gradients of the same scale") {
   Mixed fabric;
   One one;

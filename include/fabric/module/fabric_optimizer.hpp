@@ -127,7 +127,7 @@ class FabricOptimizer {
         }
       }
     }
-    for (const auto& state : states_) Engine::after_zero_grad(*state);
+    for (const auto& state : states_) Engine::after_zero_grad(*state, *optimizer_);
   }
 
   /// The optimizer itself, for learning rates and schedulers.

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <string>
 #include <utility>
@@ -53,16 +54,21 @@ class GradScaler {
  public:
   using Options = GradScalerOptions;
 
+  /// Gives gradients that will be added to an optimizer's later, and are scaled until then.
+  using Waiting = std::function<std::vector<at::Tensor>()>;
+
   /// The gradients of one optimizer's parameters.
   class Gradients {
    public:
-    explicit Gradients(std::shared_ptr<torch::optim::Optimizer> optimizer) : optimizer_(std::move(optimizer)) {}
+    Gradients(std::shared_ptr<torch::optim::Optimizer> optimizer, Waiting waiting)
+        : optimizer_(std::move(optimizer)), waiting_(std::move(waiting)) {}
 
    private:
     friend class GradScaler;
     [[nodiscard]] bool unscaled() const { return found_inf_.defined(); }
 
     std::shared_ptr<torch::optim::Optimizer> optimizer_;
+    Waiting waiting_;
     at::Tensor found_inf_;  // undefined while the gradients are scaled
   };
 
@@ -96,9 +102,10 @@ class GradScaler {
     growth_tracker_ = growth_tracker_.to(world.device);
   }
 
-  /// Keeps track of an optimizer's gradients while the result lives.
-  [[nodiscard]] std::shared_ptr<Gradients> watch(std::shared_ptr<torch::optim::Optimizer> optimizer) {
-    auto gradients = std::make_shared<Gradients>(std::move(optimizer));
+  /// Keeps track of an optimizer's gradients, and of those that wait, while the result lives.
+  [[nodiscard]] std::shared_ptr<Gradients> watch(std::shared_ptr<torch::optim::Optimizer> optimizer,
+                                                 Waiting waiting = {}) {
+    auto gradients = std::make_shared<Gradients>(std::move(optimizer), std::move(waiting));
     std::erase_if(watched_, [](const std::weak_ptr<Gradients>& known) { return known.expired(); });
     watched_.push_back(gradients);
     return gradients;
@@ -109,7 +116,7 @@ class GradScaler {
     update();
     for_each_watched([&](Gradients& gradients) {
       if (!gradients.unscaled()) return;
-      multiply(gradients, scale_);
+      multiply(by_device_and_dtype(gradients), scale_);
       gradients.found_inf_.reset();
     });
     was_used_ = true;
@@ -249,10 +256,9 @@ class GradScaler {
                 " of the optimizer): keep the weights in 32 bits under F16Mixed, or use F16 without a scaler");
   }
 
-  static void multiply(const Gradients& gradients, const at::Tensor& factor) {
+  static void multiply(const std::vector<std::vector<at::Tensor>>& gradients, const at::Tensor& factor) {
     const at::NoGradGuard no_grad;
-    for (auto& tensors : by_device_and_dtype(gradients))
-      at::_foreach_mul_(tensors, factor.to(tensors.front().device()));
+    for (const auto& tensors : gradients) at::_foreach_mul_(tensors, factor.to(tensors.front().device()));
   }
 
   struct Updated {
@@ -282,7 +288,9 @@ class GradScaler {
   /// From here on the factor is `scale`, for gradients that are scaled too.
   void become(at::Tensor scale, at::Tensor growth_tracker) {
     for_each_watched([&](Gradients& gradients) {
-      if (!gradients.unscaled()) multiply(gradients, scale / scale_);
+      const at::Tensor ratio = scale / scale_;
+      if (!gradients.unscaled()) multiply(by_device_and_dtype(gradients), ratio);
+      if (gradients.waiting_) multiply(detail::by_device_and_dtype(gradients.waiting_()), ratio);
     });
     scale_ = std::move(scale);
     growth_tracker_ = std::move(growth_tracker);

@@ -10,7 +10,10 @@
 #include <memory>
 #include <string>
 #include <system_error>
+#include <type_traits>
 #include <utility>
+#include <variant>
+#include <vector>
 
 #include <fcntl.h>
 #include <sys/mman.h>
@@ -44,11 +47,24 @@ class Mapping {
   }
 
   [[nodiscard]] char* address() const { return address_; }
+  /// Puts fresh memory, or the file's own pages, in the place of a range. What was there is gone.
+  void replace_by_memory(FileRange range) const { replace(range, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1); }
+  void replace_by_file(FileRange range, int descriptor) const { replace(range, MAP_SHARED, descriptor); }
   void advise(FileRange range, int advice) const {
     if (range.size > 0) (void)madvise(address_ + range.begin, static_cast<std::size_t>(range.size), advice);
   }
 
  private:
+  void replace(FileRange range, int flags, int descriptor) const {
+    const auto size = static_cast<std::size_t>(range.size);
+    const off_t at = descriptor < 0 ? 0 : range.begin;
+    if (mmap(address_ + range.begin, size, PROT_READ | PROT_WRITE, flags | MAP_FIXED, descriptor, at) != MAP_FAILED) {
+      return;
+    }
+    throw Error("fabric: offload: cannot map " + in_mebibytes(range.size) + ": " +
+                std::generic_category().message(errno));
+  }
+
   std::size_t bytes_;
   char* address_ = nullptr;
 };
@@ -69,7 +85,7 @@ class MappedPages {
     (void)sync_file_range(descriptor_, range.begin, range.size, SYNC_FILE_RANGE_WRITE);
   }
   void finish_release(detail::FileRange /*range*/) {}
-  void drop(detail::FileRange /*range*/) {}
+  void drop(detail::FileRange range) { mapping_.advise(range, MADV_DONTNEED); }
 
  private:
   int descriptor_;
@@ -78,47 +94,114 @@ class MappedPages {
 
 /// Memory of the process, into which ranges are read and from which they are written: past the kernel's cache where the
 /// file system can do that, so that all memory is bounded; and in the background with liburing (FABRIC_WITH_LIBURING).
+/// In the place of what was released lie the file's own pages, so that whoever looks at it finds its values.
 class BufferedPages {
  public:
   BufferedPages(int descriptor, std::int64_t bytes)
-      : mapping_(bytes, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1), transfers_(descriptor, mapping_.address()) {
+      : descriptor_(descriptor),
+        mapping_(bytes, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1),
+        transfers_(descriptor, mapping_.address()) {
     // Where this is refused, or reading then fails, it goes by way of the cache.
     const int flags = fcntl(descriptor, F_GETFL);
     if (bytes == 0 || fcntl(descriptor, F_SETFL, flags | O_DIRECT) != 0) return;
-    if (pread(descriptor, mapping_.address(), page, 0) != page) (void)fcntl(descriptor, F_SETFL, flags);
+    const auto size = static_cast<std::size_t>(detail::page_bytes);
+    if (pread(descriptor, mapping_.address(), size, 0) != detail::page_bytes) (void)fcntl(descriptor, F_SETFL, flags);
   }
 
   [[nodiscard]] char* address() const { return mapping_.address(); }
-  void begin_fetch(detail::FileRange range) { transfers_.begin_read(range); }
-  void finish_fetch(detail::FileRange range) { transfers_.finish(range); }
+  void begin_fetch(detail::FileRange range) {
+    mapping_.replace_by_memory(range);
+    or_back_to_file(range, [&] { transfers_.begin_read(range); });
+  }
+  void finish_fetch(detail::FileRange range) {
+    or_back_to_file(range, [&] { transfers_.finish(range); });
+  }
   void begin_release(detail::FileRange range) { transfers_.begin_write(range); }
   void finish_release(detail::FileRange range) { transfers_.finish(range); }
-  void drop(detail::FileRange range) { mapping_.advise(range, MADV_DONTNEED); }
+  void drop(detail::FileRange range) { mapping_.replace_by_file(range, descriptor_); }
   /// Do reads and writes go on while the program does something else?
   [[nodiscard]] bool in_background() const { return transfers_.in_background(); }
 
-  static constexpr std::int64_t page = 4096;
-
  private:
+  /// `read()`; if that fails, the file's own pages are there again, and not half of them.
+  template <class Read>
+  void or_back_to_file(detail::FileRange range, const Read& read) {
+    try {
+      read();
+    } catch (...) {
+      mapping_.replace_by_file(range, descriptor_);
+      throw;
+    }
+  }
+
+  int descriptor_;
   detail::Mapping mapping_;
   detail::FileTransfers transfers_;  // before the memory goes, it waits for what is under way
+};
+
+/// One or the other, as the program chooses when it runs: `BufferedPages` if `past_cache`.
+class OffloadPages {
+ public:
+  OffloadPages(int descriptor, std::int64_t bytes, bool past_cache) {
+    past_cache ? static_cast<void>(pages_.emplace<BufferedPages>(descriptor, bytes))
+               : static_cast<void>(pages_.emplace<MappedPages>(descriptor, bytes));
+  }
+
+  [[nodiscard]] char* address() const {
+    const auto* const buffered = std::get_if<BufferedPages>(&pages_);
+    return buffered != nullptr ? buffered->address() : std::get<MappedPages>(pages_).address();
+  }
+  void begin_fetch(detail::FileRange range) {
+    with_pages([&](auto& pages) { pages.begin_fetch(range); });
+  }
+  void finish_fetch(detail::FileRange range) {
+    with_pages([&](auto& pages) { pages.finish_fetch(range); });
+  }
+  void begin_release(detail::FileRange range) {
+    with_pages([&](auto& pages) { pages.begin_release(range); });
+  }
+  void finish_release(detail::FileRange range) {
+    with_pages([&](auto& pages) { pages.finish_release(range); });
+  }
+  void drop(detail::FileRange range) {
+    with_pages([&](auto& pages) { pages.drop(range); });
+  }
+
+ private:
+  template <class Function>
+  void with_pages(const Function& function) {
+    std::visit(
+        [&](auto& pages) {
+          if constexpr (!std::is_same_v<decltype(pages), std::monostate&>) function(pages);
+        },
+        pages_);
+  }
+
+  std::variant<std::monostate, MappedPages, BufferedPages> pages_;
 };
 
 /// Tensors on a CPU whose values lie in a file, of which a part is in memory: an optimizer's state that is larger than
 /// memory (Rajbhandari et al., "ZeRO-Infinity", SC 2021). The file has no name and is gone when the process is, however
 /// it ends.
 ///
-/// A tensor has the same addresses for life. Between `release` and `fetch` its values must not be touched; `prefetch`
-/// begins to bring them. These take any tensor that lies in one of the store's, and mean the whole of that. To be used
-/// by one thread at a time. Tensors may outlive the store.
-template <class Pages = MappedPages>
+/// A tensor has the same addresses for life. Between `release` and `fetch` its values may be read, slowly, and must not
+/// be changed; `prefetch` begins to bring them, and from then on they may not be read either. These take any tensor
+/// that lies in one of the store's, and mean the whole of that. To be used by one thread at a time. Tensors may outlive
+/// the store.
+template <class Pages = OffloadPages>
 class FileStore {
  public:
   /// Takes `bytes` of the disk that `folder` is on. Throws fabric::Error that names both if they are not to be had.
-  FileStore(const std::string& folder, std::int64_t bytes) : state_(std::make_shared<State>(folder, rounded(bytes))) {}
+  /// `past_cache`, which only `OffloadPages` ask for, reads and writes past the kernel's cache: all memory is bounded,
+  /// but while there is room for that cache it is faster.
+  template <class... PastCache>
+  FileStore(const std::string& folder, std::int64_t bytes, PastCache... past_cache)
+      : state_(std::make_shared<State>(folder, rounded(bytes), past_cache...)) {}
 
   /// The bytes that tensors of so many bytes take of a store.
-  [[nodiscard]] static constexpr std::int64_t rounded(std::int64_t bytes) { return (bytes + page - 1) / page * page; }
+  [[nodiscard]] static constexpr std::int64_t rounded(std::int64_t bytes) {
+    return (bytes + detail::page_bytes - 1) / detail::page_bytes * detail::page_bytes;
+  }
 
   /// A tensor of zeros, in memory. Throws fabric::Error when the store is full.
   [[nodiscard]] at::Tensor tensor(at::IntArrayRef sizes, at::ScalarType dtype) {
@@ -145,25 +228,36 @@ class FileStore {
     state_->pages.begin_fetch(region.range);
     region.place = Place::coming;
   }
-  /// Brings the values back into memory, if they are not there.
-  void fetch(const at::Tensor& tensor) {
-    if (tensor.numel() == 0) return;
+  /// Brings the values back into memory, if they are not there. Returns whether they were in the file alone.
+  bool fetch(const at::Tensor& tensor) {
+    if (tensor.numel() == 0) return false;
+    const bool was_away = region_of(tensor).place == Place::away;
     prefetch(tensor);
-    Region& region = region_of(tensor);
-    if (region.place == Place::coming) state_->pages.finish_fetch(region.range);
-    if (region.place == Place::leaving) state_->stay(region);
-    region.place = Place::here;
+    state_->bring(region_of(tensor));
+    return was_away;
   }
-  /// Writes the values to the file and gives their memory back: at once, or when the next tensor is released.
-  void release(const at::Tensor& tensor) {
+  /// Writes the values of one or more tensors to the file and gives their memory back: at once, or when others are
+  /// released.
+  void release(at::TensorList tensors) {
+    state_->finish_leaving();
+    for (const at::Tensor& tensor : tensors) {
+      if (tensor.numel() == 0) continue;
+      Region& region = region_of(tensor);
+      if (region.place == Place::away || region.place == Place::leaving) continue;
+      state_->bring(region);
+      state_->pages.begin_release(region.range);
+      region.place = Place::leaving;
+      state_->leaving.push_back(&region);
+    }
+  }
+  /// Gives the memory back of what has not changed since it came from the file: nothing is written.
+  void discard(const at::Tensor& tensor) {
     if (tensor.numel() == 0) return;
     Region& region = region_of(tensor);
     if (region.place == Place::away || region.place == Place::leaving) return;
-    if (region.place == Place::coming) state_->pages.finish_fetch(region.range);
-    state_->finish_leaving();
-    state_->pages.begin_release(region.range);
-    region.place = Place::leaving;
-    state_->leaving = &region;
+    state_->bring(region);
+    state_->pages.drop(region.range);
+    region.place = Place::away;
   }
   /// Waits until all that was released is in the file and out of memory.
   void finish() { state_->finish_leaving(); }
@@ -171,8 +265,6 @@ class FileStore {
   [[nodiscard]] const Pages& pages() const { return state_->pages; }
 
  private:
-  static constexpr std::int64_t page = 4096;
-
   enum class Place : char { here, leaving, away, coming };
   struct Region {
     detail::FileRange range;
@@ -180,20 +272,32 @@ class FileStore {
   };
 
   struct State {
-    State(const std::string& folder, std::int64_t size)
-        : bytes(size), file(folder, size), pages(file.descriptor(), size) {}
+    template <class... PastCache>
+    State(const std::string& folder, std::int64_t size, PastCache... past_cache)
+        : bytes(size), file(folder, size), pages(file.descriptor(), size, past_cache...) {}
 
+    /// What could not be written stays in memory.
     void finish_leaving() {
-      if (leaving == nullptr) return;
-      Region& region = *std::exchange(leaving, nullptr);
-      pages.finish_release(region.range);
-      pages.drop(region.range);
-      region.place = Place::away;
+      while (!leaving.empty()) {
+        Region& region = *leaving.back();
+        leaving.pop_back();
+        region.place = Place::here;
+        pages.finish_release(region.range);
+        pages.drop(region.range);
+        region.place = Place::away;
+      }
     }
-    /// What leaves is wanted again.
-    void stay(Region& region) {
-      leaving = nullptr;
-      pages.finish_release(region.range);
+    /// Into memory, what comes or leaves.
+    void bring(Region& region) {
+      if (region.place == Place::coming) {
+        region.place = Place::away;  // if that fails
+        pages.finish_fetch(region.range);
+      } else if (region.place == Place::leaving) {
+        std::erase(leaving, &region);
+        region.place = Place::here;
+        pages.finish_release(region.range);
+      }
+      region.place = Place::here;
     }
 
     std::int64_t bytes;
@@ -201,7 +305,7 @@ class FileStore {
     Pages pages;
     std::int64_t end = 0;                    // of the tensors
     std::map<std::int64_t, Region> regions;  // by where they begin
-    Region* leaving = nullptr;
+    std::vector<Region*> leaving;
   };
 
   [[nodiscard]] Region& region_of(const at::Tensor& tensor) const {

@@ -28,7 +28,12 @@ class FileTransfers {
   /// `memory` is where the file's beginning belongs.
   FileTransfers(int descriptor, char* memory) : descriptor_(descriptor), memory_(memory) {
 #ifdef FABRIC_WITH_LIBURING
-    has_ring_ = io_uring_queue_init(depth, &ring_, 0) == 0;  // containers often forbid it
+    if (io_uring_queue_init(depth, &ring_, 0) != 0) return;         // containers often forbid it
+    io_uring_probe* const probe = io_uring_get_probe_ring(&ring_);  // older kernels have fewer operations
+    has_ring_ = probe != nullptr && io_uring_opcode_supported(probe, IORING_OP_READ) != 0 &&
+                io_uring_opcode_supported(probe, IORING_OP_WRITE) != 0;
+    io_uring_free_probe(probe);
+    if (!has_ring_) io_uring_queue_exit(&ring_);
 #endif
   }
   FileTransfers(const FileTransfers&) = delete;
@@ -58,10 +63,15 @@ class FileTransfers {
   void begin_read(FileRange range) { begin(range, false); }
   void begin_write(FileRange range) { begin(range, true); }
 
-  /// Waits for all that was begun of this range. Throws fabric::Error for a disk that fails.
+  /// Waits for all that was begun of this range. Throws fabric::Error if the disk has failed at any of it.
   void finish([[maybe_unused]] FileRange range) {
 #ifdef FABRIC_WITH_LIBURING
-    while (open_.contains(range.begin)) reap();
+    const auto open = open_.find(range.begin);
+    if (open == open_.end()) return;
+    while (open->second.pieces > 0) reap();
+    const Open done = open->second;
+    open_.erase(open);
+    if (done.error != 0) fail(done.failed, done.error);
 #endif
   }
 
@@ -84,7 +94,7 @@ class FileTransfers {
       const Piece piece{write, range.begin, range.begin + at, std::min(at_once, range.size - at)};
 #ifdef FABRIC_WITH_LIBURING
       if (has_ring_) {
-        ++open_[range.begin];
+        ++open_[range.begin].pieces;
         submit(piece);
         continue;
       }
@@ -130,19 +140,17 @@ class FileTransfers {
     }
     entry->user_data = slot;
     ++in_ring_;
-    while (true) {
-      const int submitted = io_uring_submit(&ring_);
-      if (submitted >= 0) return;
-      if (submitted != -EINTR && submitted != -EAGAIN) fail(piece, -submitted);
-    }
+    (void)io_uring_submit(&ring_);  // what the kernel does not take now, it is given again by `reap`
   }
 
   /// Takes the result of one request, whichever comes next.
   void reap() {
+    const int submitted = io_uring_submit_and_wait(&ring_, 1);
+    if (submitted < 0 && submitted != -EINTR && submitted != -EAGAIN && submitted != -EBUSY) {
+      throw Error("fabric: offload: io_uring failed: " + std::generic_category().message(-submitted));
+    }
     io_uring_cqe* done = nullptr;
-    const int error = io_uring_wait_cqe(&ring_, &done);
-    if (error == -EINTR || error == -EAGAIN) return;
-    if (error != 0) throw Error("fabric: offload: io_uring failed: " + std::generic_category().message(-error));
+    if (io_uring_peek_cqe(&ring_, &done) != 0) return;
     const auto slot = static_cast<std::size_t>(done->user_data);
     const int result = done->res;
     io_uring_cqe_seen(&ring_, done);
@@ -155,16 +163,26 @@ class FileTransfers {
       piece.size -= result;
     }
     if (again || (result > 0 && piece.size > 0)) return submit(piece);  // part of it
-    if (--open_[piece.of] == 0) open_.erase(piece.of);
-    if (result <= 0) fail(piece, result == 0 ? EIO : -result);
+    Open& open = open_[piece.of];
+    --open.pieces;
+    if (result > 0) return;
+    open.error = result == 0 ? EIO : -result;
+    open.failed = piece;
   }
+
+  /// What was begun of a range and is not finished.
+  struct Open {
+    int pieces = 0;  // on their way
+    int error = 0;
+    Piece failed{};
+  };
 
   io_uring ring_{};
   bool has_ring_ = false;
   unsigned in_ring_ = 0;
   std::vector<Piece> pieces_;
   std::vector<std::size_t> free_;
-  std::map<std::int64_t, int> open_;  // how many pieces of a range are on their way, by where it begins
+  std::map<std::int64_t, Open> open_;  // by where the range begins
 #endif
 
   int descriptor_;

@@ -121,7 +121,7 @@ class FlatUnit {
         memory_.mutable_data_ptr(), new at::Tensor(memory_),
         [](void* tensor) { delete static_cast<at::Tensor*>(tensor); }, options_.device));
     storage->set_nbytes(bytes);
-    fetch(own_);
+    const bool is_unchanged = fetch(own_);
     const auto bring = [&] {
       exchange_.own_part(whole_).copy_(own_, /*non_blocking=*/true);
       arriving_ = exchange_.gather(whole_, number_);
@@ -133,7 +133,7 @@ class FlatUnit {
     } else {
       bring();
     }
-    put_away(own_);
+    is_unchanged ? discard(own_) : put_away(own_);
     state_ = State::arriving;
   }
   /// Makes it whole.
@@ -160,7 +160,7 @@ class FlatUnit {
   /// parameters are always whole that begins to gather them, and `gather_changed` ends it.
   void begin_changed() {
     const at::NoGradGuard no_grad;
-    fetch_master();
+    const bool is_unchanged = fetch(master_);  // since it was put away
     if (!master_.is_same(own_)) {
       fetch(own_);
       if (options_.copies != nullptr && own_.is_cuda()) {
@@ -170,7 +170,8 @@ class FlatUnit {
       }
       put_away(own_);
     }
-    put_master_away();
+    is_unchanged ? discard(master_) : put_away(master_);
+    finish_putting_away();
     release();
     if (!options_.frees_parameters) arriving_ = exchange_.gather(whole_, number_);
   }
@@ -188,7 +189,8 @@ class FlatUnit {
     }
     if (options_.frees_parameters) own_.copy_(exchange_.own_part(whole_));
     put_away(own_);
-    put_master_away();
+    put_away(master_);
+    finish_putting_away();
     accept_changes();
   }
   /// The first parameter that somebody has changed in place, past `take_whole`; null if there is none.
@@ -203,7 +205,10 @@ class FlatUnit {
     if (store_) store_->prefetch(master_);
   }
   void fetch_master() { fetch(master_); }
-  void put_master_away() { put_away(master_); }
+  void begin_putting_master_away() { put_away(master_); }
+  void finish_putting_away() {
+    if (store_) store_->finish();
+  }
 
   // ---- Gradients ----
 
@@ -381,7 +386,7 @@ class FlatUnit {
     const bool is_own = master_.is_same(own_);
     std::int64_t bytes = FileStore<>::rounded(bytes_of(master_));
     if (!is_own && options_.frees_parameters) bytes += FileStore<>::rounded(bytes_of(own_));
-    store_.emplace(options_.folder, bytes);
+    store_.emplace(options_.folder, bytes, options_.past_cache);
     const auto moved = [&](const at::Tensor& tensor) {
       at::Tensor file = store_->tensor(tensor.sizes(), tensor.scalar_type());
       return file.copy_(tensor);
@@ -394,15 +399,17 @@ class FlatUnit {
     }
     put_away(master_);
     put_away(own_);
+    finish_putting_away();
   }
   [[nodiscard]] bool is_in_file(const at::Tensor& tensor) const {
     return store_ && (tensor.is_same(master_) || options_.frees_parameters);
   }
-  void fetch(const at::Tensor& tensor) {
-    if (is_in_file(tensor)) store_->fetch(tensor);
-  }
+  bool fetch(const at::Tensor& tensor) { return is_in_file(tensor) && store_->fetch(tensor); }
   void put_away(const at::Tensor& tensor) {
     if (is_in_file(tensor)) store_->release(tensor);
+  }
+  void discard(const at::Tensor& tensor) {
+    if (is_in_file(tensor)) store_->discard(tensor);
   }
 
   UnitOptions options_;

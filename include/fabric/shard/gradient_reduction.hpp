@@ -90,9 +90,9 @@ class GradientReduction {
           "after a backward outside of it");
     }
   }
-  /// An optimizer has dropped its gradients.
-  void after_zero_grad() {
-    unaveraged_ = false;
+  /// An optimizer has dropped its gradients; `some_are_left` of those that stayed on this rank, which others have.
+  void after_zero_grad(bool some_are_left) {
+    unaveraged_ = unaveraged_ && some_are_left;
     unused_.clear();
   }
 

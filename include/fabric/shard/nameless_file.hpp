@@ -17,6 +17,13 @@
 
 namespace fabric::detail {
 
+/// Of the page sizes that kernels have on this kind of machine, the largest.
+#if defined(__x86_64__)
+inline constexpr std::int64_t page_bytes = 4096;
+#else
+inline constexpr std::int64_t page_bytes = 65536;
+#endif
+
 /// A part of a file, in bytes; whole pages.
 struct FileRange {
   std::int64_t begin = 0;

@@ -17,24 +17,59 @@ namespace fabric::detail {
 /// What optimizers keep for one unit, in files.
 class OffloadedState {
  public:
-  explicit OffloadedState(std::string folder) : folder_(std::move(folder)) {}
+  /// See FileStore.
+  OffloadedState(std::string folder, bool past_cache) : folder_(std::move(folder)), past_cache_(past_cache) {}
 
   /// Begins to bring what is there back into memory.
   void begin_fetch() {
-    for (Kept& kept : kept_) kept.store.prefetch(kept.tensor);
+    for (File& file : files_) {
+      for (const at::Tensor& tensor : file.tensors) file.store.prefetch(tensor);
+    }
   }
   void fetch() {
-    for (Kept& kept : kept_) kept.store.fetch(kept.tensor);
+    for (File& file : files_) {
+      for (const at::Tensor& tensor : file.tensors) file.store.fetch(tensor);
+    }
   }
-  /// Moves what an optimizer keeps for `masters` to files, if it is not there, and gives its memory back.
-  void put_away(torch::optim::Optimizer& optimizer, const std::vector<at::Tensor>& masters) {
+  /// Begins to move what an optimizer keeps for `masters` to files, and to give its memory back.
+  void begin_putting_away(torch::optim::Optimizer& optimizer, const std::vector<at::Tensor>& masters) {
     const at::NoGradGuard no_grad;
-    std::erase_if(kept_, [](const Kept& kept) { return kept.tensor.use_count() == 1; });  // replaced by a checkpoint
+    for (File& file : files_) {  // without what a checkpoint has replaced
+      std::erase_if(file.tensors, [](const at::Tensor& tensor) { return tensor.use_count() == 1; });
+    }
+    std::erase_if(files_, [](const File& file) { return file.tensors.empty(); });
+    std::int64_t bytes = 0;
+    for_each_new(optimizer, masters, [&](const at::Tensor& tensor) {
+      bytes += FileStore<>::rounded(static_cast<std::int64_t>(tensor.nbytes()));
+    });
+    if (bytes > 0) {
+      File file{.store = FileStore<>(folder_, bytes, past_cache_)};
+      for_each_new(optimizer, masters, [&](at::Tensor& tensor) {
+        tensor = file.store.tensor(tensor.sizes(), tensor.scalar_type()).copy_(tensor);
+        file.tensors.push_back(tensor);
+      });
+      files_.push_back(std::move(file));
+    }
+    for (File& file : files_) file.store.release(file.tensors);
+  }
+  void finish_putting_away() {
+    for (File& file : files_) file.store.finish();
+  }
+
+ private:
+  struct File {
+    FileStore<> store;
+    std::vector<at::Tensor> tensors{};
+  };
+
+  /// Calls `visit` with each tensor that an optimizer keeps for `masters` and that is in no file.
+  template <class Visit>
+  void for_each_new(torch::optim::Optimizer& optimizer, const std::vector<at::Tensor>& masters, const Visit& visit) {
     for (const at::Tensor& master : masters) {
       const auto found = optimizer.state().find(master.unsafeGetTensorImpl());
       if (found == optimizer.state().end()) continue;
       const bool known = optim::each_state_tensor(*found->second, [&](at::Tensor& tensor) {
-        if (tensor.numel() > 0 && !is_kept(tensor)) keep(tensor);
+        if (tensor.numel() > 0 && !is_in_file(tensor)) visit(tensor);
       });
       if (!known) {
         throw Error(
@@ -42,32 +77,19 @@ class OffloadedState {
             "fabric::optim or torch::optim, or no offload to NVMe");
       }
     }
-    for (Kept& kept : kept_) kept.store.release(kept.tensor);
-    for (Kept& kept : kept_) kept.store.finish();
   }
-
- private:
-  struct Kept {
-    at::Tensor tensor;
-    FileStore<> store;
-  };
-  [[nodiscard]] bool is_kept(const at::Tensor& tensor) const {
-    for (const Kept& kept : kept_) {
-      if (kept.tensor.const_data_ptr() == tensor.const_data_ptr()) return true;
+  [[nodiscard]] bool is_in_file(const at::Tensor& tensor) const {
+    for (const File& file : files_) {
+      for (const at::Tensor& kept : file.tensors) {
+        if (kept.const_data_ptr() == tensor.const_data_ptr()) return true;
+      }
     }
     return false;
   }
-  void keep(at::Tensor& tensor) {
-    const auto bytes = static_cast<std::int64_t>(tensor.nbytes());
-    FileStore<> store(folder_, FileStore<>::rounded(bytes));
-    at::Tensor file = store.tensor(tensor.sizes(), tensor.scalar_type());
-    file.copy_(tensor);
-    tensor = file;
-    kept_.push_back({file, std::move(store)});
-  }
 
   std::string folder_;
-  std::vector<Kept> kept_;
+  bool past_cache_;
+  std::vector<File> files_;
 };
 
 }  // namespace fabric::detail

@@ -84,6 +84,8 @@ struct ShardingOptions {
   std::optional<at::ScalarType> reduce_dtype{};  ///< Of gradients on their way; by default as the precision says.
   std::string nvme_path =
       "/local_nvme";  ///< DeepSpeed<3, Offload::nvme>: the folder for files of parameters and state.
+  bool nvme_direct =
+      false;  ///< Read and write them past the kernel's cache, so that all memory is bounded; see FileStore.
   std::chrono::milliseconds timeout{std::chrono::minutes(30)};  ///< Of each collective.
   bool detect_desync = false;                                   ///< See LaunchOptions, as for the next one.
   std::string log_dir{};  ///< A folder for one file a rank of what it prints; empty: none.

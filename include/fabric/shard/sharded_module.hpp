@@ -93,6 +93,7 @@ class ShardedModule : private detail::UnitOwner {
                                .master_device = layout.master_device,
                                .own_device = layout.own_device,
                                .folder = layout.folder,
+                               .past_cache = options.nvme_direct,
                                .copies = copies_ ? &*copies_ : nullptr,
                                .frees_parameters = layout.frees_parameters,
                                .frees_buckets = layout.frees_buckets};
@@ -199,12 +200,24 @@ class ShardedModule : private detail::UnitOwner {
     wait_for_copies();
     last_ = nullptr;
   }
-  /// An optimizer has dropped its gradients: what `no_backward_sync` kept goes, too.
-  void after_zero_grad() {
-    reduction_->after_zero_grad();
-    for (const auto& unit : units_) {
-      unit->drop_gradients();
-      for (const auto& slot : unit->slots()) slot.shard.parameter.mutable_grad().reset();
+  /// An optimizer has dropped its gradients: what `no_backward_sync` kept of them goes, too.
+  void after_zero_grad(const torch::optim::Optimizer& optimizer) {
+    for (const auto& unit : units_) unit->drop_gradients();
+    for_each_local_gradient(optimizer, [](at::Tensor& gradient) { gradient.reset(); });
+    bool some_are_left = false;  // of other optimizers
+    for (const Shard& shard : shards_) some_are_left = some_are_left || shard.parameter.grad().defined();
+    reduction_->after_zero_grad(some_are_left);
+  }
+  /// Calls `visit(gradient)` with each gradient that `no_backward_sync` keeps on this rank for what the optimizer has.
+  template <class Visit>
+  void for_each_local_gradient(const torch::optim::Optimizer& optimizer, Visit&& visit) const {
+    std::unordered_set<const c10::TensorImpl*> theirs;
+    for (const auto& group : optimizer.param_groups()) {
+      for (const at::Tensor& master : group.params()) theirs.insert(master.unsafeGetTensorImpl());
+    }
+    for (const Shard& shard : shards_) {
+      at::Tensor& gradient = shard.parameter.mutable_grad();
+      if (gradient.defined() && theirs.contains(shard.master.unsafeGetTensorImpl())) visit(gradient);
     }
   }
 
@@ -246,7 +259,7 @@ class ShardedModule : private detail::UnitOwner {
   /// What optimizers keep for the unit of that number, if it is offloaded to files.
   [[nodiscard]] detail::OffloadedState& offloaded(std::size_t unit) {
     while (offloaded_.size() < units_.size()) {
-      offloaded_.push_back(std::make_unique<detail::OffloadedState>(options_.nvme_path));
+      offloaded_.push_back(std::make_unique<detail::OffloadedState>(options_.nvme_path, options_.nvme_direct));
     }
     return *offloaded_[unit];
   }

@@ -18,6 +18,7 @@ struct UnitOptions {
   at::Device master_device = at::kCPU;  ///< Where `master` and its gradient are.
   at::Device own_device = at::kCPU;     ///< Where this rank's part of the parameters waits while they are not whole.
   std::string folder{};                 ///< Where `master` and that part are files; empty: in memory.
+  bool past_cache = false;              ///< Those files are read and written past the kernel's cache.
   SideStream* copies = nullptr;         ///< By which what the host has goes to a device and back; null: none does.
   bool frees_parameters = true;         ///< They are whole only while they are needed.
   bool frees_buckets = true;            ///< Likewise the memory in which gradients are sent.

@@ -10,6 +10,7 @@
 #include <string>
 #include <tuple>
 #include <unordered_map>
+#include <unordered_set>
 #include <utility>
 #include <vector>
 
@@ -155,8 +156,17 @@ class DdpModule {
     }
     share_buffers();
   }
-  /// The gradients are gone, and with them what was not averaged.
-  void after_zero_grad() { *unaveraged_ = false; }
+  /// An optimizer's gradients are gone, and with them what was not averaged, unless others have some of it.
+  void after_zero_grad(const torch::optim::Optimizer& optimizer) {
+    if (!*unaveraged_) return;
+    std::unordered_set<const c10::TensorImpl*> theirs;
+    for (const auto& group : optimizer.param_groups()) {
+      for (const at::Tensor& parameter : group.params()) theirs.insert(parameter.unsafeGetTensorImpl());
+    }
+    *unaveraged_ = std::any_of(parameters_.begin(), parameters_.end(), [&](const at::Tensor& parameter) {
+      return parameter.grad().defined() && !theirs.contains(parameter.unsafeGetTensorImpl());
+    });
+  }
 
   /// False inside no_backward_sync.
   bool sync_gradients = true;
@@ -251,7 +261,9 @@ class DdpEngine {
   }
   static void after_backward(ModuleState& state) { state.after_backward(); }
   static void before_step(ModuleState& state) { state.before_step(); }
-  static void after_zero_grad(ModuleState& state) { state.after_zero_grad(); }
+  static void after_zero_grad(ModuleState& state, const torch::optim::Optimizer& optimizer) {
+    state.after_zero_grad(optimizer);
+  }
   static SyncGuard<ModuleState> no_backward_sync(ModuleState& state, bool enabled) { return {state, enabled}; }
 
  private:

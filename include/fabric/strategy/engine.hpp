@@ -18,7 +18,7 @@ namespace fabric {
 /// - `forward(ModuleState&, run)`: calls `run()`, which runs the module, and returns its result;
 /// - `void after_backward(ModuleState&)`;
 /// - `void before_step(ModuleState&)`: throws when the gradients are not what the optimizer may use;
-/// - `void after_zero_grad(ModuleState&)`;
+/// - `void after_zero_grad(ModuleState&, const torch::optim::Optimizer&)`: that one has dropped its gradients;
 /// - `SyncGuard no_backward_sync(ModuleState&, bool enabled)`: while alive, backward keeps gradients local;
 /// and if it needs them
 /// - `template <class P> Plugin`: what a precision does here, in place of `PrecisionPlugin<P>`;
@@ -27,6 +27,8 @@ namespace fabric {
 ///   modules' parameters is set up, which may have to change others instead;
 /// - `void abandon_backward(ModuleState&)`: an exception has left backward;
 /// - `clip_gradients(states, owner, ClipNorm)`: clips what modules or an optimizer have, and returns the norm;
+/// - `std::vector<at::Tensor> local_gradients(states, optimizer)`: gradients that are not averaged yet, where those are
+///   not the optimizer's;
 /// - `World data_world(const World&)`: the ranks among which data are divided, where that is not all;
 /// - `step(states, optimizer, step)`: calls `step()`, which steps the optimizer, and returns its result, or steps it in
 ///   portions;

@@ -146,7 +146,18 @@ class ShardedEngine {
   static void abandon_backward(ShardedModule& state) { state.abandon_backward(); }
   static void before_step(ShardedModule& state) { state.before_step(); }
   static void after_step(ShardedModule& state) { state.after_step(); }
-  static void after_zero_grad(ShardedModule& state) { state.after_zero_grad(); }
+  static void after_zero_grad(ShardedModule& state, const torch::optim::Optimizer& optimizer) {
+    state.after_zero_grad(optimizer);
+  }
+  /// What `no_backward_sync` keeps on this rank of an optimizer's gradients.
+  static std::vector<at::Tensor> local_gradients(const std::vector<std::shared_ptr<ShardedModule>>& states,
+                                                 const torch::optim::Optimizer& optimizer) {
+    std::vector<at::Tensor> gradients;
+    for (const auto& state : states) {
+      state->for_each_local_gradient(optimizer, [&](const at::Tensor& gradient) { gradients.push_back(gradient); });
+    }
+    return gradients;
+  }
   static SyncGuard<ShardedModule> no_backward_sync(ShardedModule& state, bool enabled) { return {state, enabled}; }
 
  private:

@@ -33,7 +33,7 @@ requires(std::same_as<A, Cpu> || std::same_as<A, Cuda>) class Engine<A, SingleDe
   }
   static void after_backward(ModuleState& /*state*/) {}
   static void before_step(ModuleState& /*state*/) {}
-  static void after_zero_grad(ModuleState& /*state*/) {}
+  static void after_zero_grad(ModuleState& /*state*/, const torch::optim::Optimizer& /*optimizer*/) {}
   static SyncGuard no_backward_sync(ModuleState& /*state*/, bool /*enabled*/) { return {}; }
 };
 
