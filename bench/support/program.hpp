@@ -31,6 +31,7 @@ class Program {
       throw std::system_error(errno, std::generic_category(), "pipe");
     }
     std::vector<char*> pointers;
+    pointers.reserve(command.size() + 1);
     for (std::string& word : command) pointers.push_back(word.data());
     pointers.push_back(nullptr);
     posix_spawn_file_actions_t actions;

@@ -106,6 +106,7 @@ TEST_CASE("[issue-8.4] who looks at what was released finds its values, again an
     constexpr std::int64_t size = 3 * mebibyte;  // of whole pages and more than one transfer
     FileStore<Pages> store(folder.path, 3 * size);
     std::vector<at::Tensor> tensors;
+    tensors.reserve(3);
     for (int i = 0; i < 3; ++i) tensors.push_back(store.tensor({size / 4}, at::kFloat));
     for (int step = 0; step < 3; ++step) {
       for (int i = 0; i < 3; ++i) {
