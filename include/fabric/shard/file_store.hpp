@@ -10,7 +10,6 @@
 #include <memory>
 #include <string>
 #include <system_error>
-#include <type_traits>
 #include <utility>
 #include <variant>
 #include <vector>
@@ -142,42 +141,32 @@ class BufferedPages {
 /// One or the other, as the program chooses when it runs: `BufferedPages` if `past_cache`.
 class OffloadPages {
  public:
-  OffloadPages(int descriptor, std::int64_t bytes, bool past_cache) {
-    past_cache ? static_cast<void>(pages_.emplace<BufferedPages>(descriptor, bytes))
-               : static_cast<void>(pages_.emplace<MappedPages>(descriptor, bytes));
-  }
+  OffloadPages(int descriptor, std::int64_t bytes, bool past_cache)
+      : pages_(past_cache ? Either(std::in_place_type<BufferedPages>, descriptor, bytes)
+                          : Either(std::in_place_type<MappedPages>, descriptor, bytes)) {}
 
   [[nodiscard]] char* address() const {
-    const auto* const buffered = std::get_if<BufferedPages>(&pages_);
-    return buffered != nullptr ? buffered->address() : std::get<MappedPages>(pages_).address();
+    return std::visit([](const auto& pages) { return pages.address(); }, pages_);
   }
   void begin_fetch(detail::FileRange range) {
-    with_pages([&](auto& pages) { pages.begin_fetch(range); });
+    std::visit([&](auto& pages) { pages.begin_fetch(range); }, pages_);
   }
   void finish_fetch(detail::FileRange range) {
-    with_pages([&](auto& pages) { pages.finish_fetch(range); });
+    std::visit([&](auto& pages) { pages.finish_fetch(range); }, pages_);
   }
   void begin_release(detail::FileRange range) {
-    with_pages([&](auto& pages) { pages.begin_release(range); });
+    std::visit([&](auto& pages) { pages.begin_release(range); }, pages_);
   }
   void finish_release(detail::FileRange range) {
-    with_pages([&](auto& pages) { pages.finish_release(range); });
+    std::visit([&](auto& pages) { pages.finish_release(range); }, pages_);
   }
   void drop(detail::FileRange range) {
-    with_pages([&](auto& pages) { pages.drop(range); });
+    std::visit([&](auto& pages) { pages.drop(range); }, pages_);
   }
 
  private:
-  template <class Function>
-  void with_pages(const Function& function) {
-    std::visit(
-        [&](auto& pages) {
-          if constexpr (!std::is_same_v<decltype(pages), std::monostate&>) function(pages);
-        },
-        pages_);
-  }
-
-  std::variant<std::monostate, MappedPages, BufferedPages> pages_;
+  using Either = std::variant<MappedPages, BufferedPages>;
+  Either pages_;
 };
 
 /// Tensors on a CPU whose values lie in a file, of which a part is in memory: an optimizer's state that is larger than
