@@ -199,7 +199,7 @@ void check_that_nobody_is_left(const std::string& output) {
   for (int rank = 0; rank < ranks; ++rank) {
     const pid_t process = process_of(output, rank);
     REQUIRE(process > 0);
-    CHECK_FALSE(alive(process));
+    CHECK(ends(process));
   }
 }
 

@@ -238,7 +238,7 @@ TEST_CASE(
     CHECK(seconds_since(start) < 10);
     CHECK_THAT(process.output(), ContainsSubstring(failure.reason));
     if (std::string(failure.name) == "throw") CHECK_THAT(process.output(), ContainsSubstring(": the reason of rank 1"));
-    CHECK_FALSE(alive(process_of(process.output(), 1)));
+    CHECK(ends(process_of(process.output(), 1)));
   }
 }
 
@@ -262,7 +262,7 @@ TEST_CASE("[issue-3.5] when rank 0 fails the others go too") {
   CHECK(process.wait(0) != Process::running);
   CHECK(seconds_since(start) < 10);
   CHECK_THAT(process.output(), ContainsSubstring("the reason of rank 0"));
-  CHECK_FALSE(alive(process_of(process.output(), 1)));
+  CHECK(ends(process_of(process.output(), 1)));
 }
 
 TEST_CASE("[issue-3.5] when rank 0 is killed, even without a chance to say so, the others go too") {
@@ -280,7 +280,7 @@ TEST_CASE("[issue-3.5] ranks that ignore SIGTERM are ended all the same") {
   const auto start = std::chrono::steady_clock::now();
   CHECK(process.wait(20) == 3);
   CHECK(seconds_since(start) < 10);
-  CHECK_FALSE(alive(process_of(process.output(), 2)));
+  CHECK(ends(process_of(process.output(), 2)));
 }
 
 TEST_CASE("[issue-3.5] rank 0 waits for the others at its end, and their failure is the job's") {

@@ -78,9 +78,20 @@ class Running:
 def alive(process):
     try:
         with open(f"/proc/{process}/stat") as file:
-            return file.read().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
+            return file.read().rpartition(")")[2].split()[0] not in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
         return False
+
+
+def ends(process, seconds=2):
+    """Has the process ended, or does it now? The kernel closes a process's files before it is done with it, so that who
+    has waited for the end of its output may still find it."""
+    end = time.monotonic() + seconds
+    while alive(process):
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.01)
+    return True
 
 
 def free_port():
@@ -148,7 +159,7 @@ class Launcher:
         assert code != 0 or not self.counts_exits, running.text
         assert took < within, (took, running.text)
         for rank in range(self.ranks):
-            assert not alive(running.process_of(rank)), (rank, running.text)
+            assert ends(running.process_of(rank)), (rank, running.text)
 
     def right_ranks(self):
         self.check_trained(self.start(["--job", "train"]), ranks_only=True)

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 
-from launchers import Launcher, Running, Slurm, alive, environment, job, root
+from launchers import Launcher, Running, Slurm, environment, job, root
 
 # The two nodes are this machine under two names, which nothing resolves.
 here = {"MASTER_ADDR": "127.0.0.1"}

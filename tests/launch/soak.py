@@ -9,7 +9,7 @@ import random
 import signal
 import time
 
-from launchers import Running, alive, job
+from launchers import Running, job
 
 launches = int(os.environ.get("FABRIC_SOAK", "20"))
 seed = int(os.environ.get("FABRIC_SEED", str(time.time_ns() % 1_000_000)))

@@ -7,6 +7,7 @@
 #include <fstream>
 #include <stdexcept>
 #include <string>
+#include <thread>
 
 #include <unistd.h>
 
@@ -39,7 +40,20 @@ inline pid_t process_of(const std::string& output, int rank) {
 inline bool alive(pid_t pid) {
   std::ifstream stat("/proc/" + std::to_string(pid) + "/stat");
   std::string text;
-  return std::getline(stat, text) && text.substr(text.rfind(')'), 3) != ") Z";
+  if (!std::getline(stat, text)) return false;
+  const std::string state = text.substr(text.rfind(')'), 3);
+  return state != ") Z" && state != ") X";
+}
+
+/// Has the process ended, or does it within so many seconds? The kernel closes a process's files before it is done with
+/// it, so that who has waited for the end of its output may still find it.
+inline bool ends(pid_t pid, double seconds = 2) {
+  const auto end = std::chrono::steady_clock::now() + std::chrono::duration<double>(seconds);
+  while (alive(pid)) {
+    if (std::chrono::steady_clock::now() > end) return false;
+    std::this_thread::sleep_for(std::chrono::milliseconds(10));
+  }
+  return true;
 }
 
 inline std::size_t count(const std::string& text, const std::string& what) {
