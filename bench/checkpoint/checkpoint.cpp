@@ -23,6 +23,7 @@
 #include <fabric/checkpoint.hpp>
 #include <fabric/fabric.hpp>
 #include <fmt/format.h>
+#include <torch/torch.h>
 
 #include "support/program.hpp"
 #include "support/report.hpp"

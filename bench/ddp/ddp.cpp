@@ -18,6 +18,7 @@
 
 #include <fabric/fabric.hpp>
 #include <fmt/format.h>
+#include <torch/torch.h>
 
 #include "loops.hpp"
 #include "support/program.hpp"

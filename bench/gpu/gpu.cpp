@@ -25,6 +25,7 @@
 #include <fabric/fabric.hpp>
 #include <fabric/precision/transformer_engine.hpp>
 #include <fmt/format.h>
+#include <torch/torch.h>
 
 #include "optimizers/gpt.hpp"
 #include "support/program.hpp"

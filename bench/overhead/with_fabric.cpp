@@ -3,6 +3,7 @@
 #include <memory>
 
 #include <fabric/fabric.hpp>
+#include <torch/torch.h>
 
 #include "loops.hpp"
 

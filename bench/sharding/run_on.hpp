@@ -5,6 +5,7 @@
 
 #include <fabric/dispatch.hpp>
 #include <fabric/sharding.hpp>
+#include <torch/torch.h>
 
 #include "task.hpp"
 #include "transformer.hpp"

@@ -16,6 +16,7 @@
 
 #include <fabric/fabric.hpp>
 #include <fmt/format.h>
+#include <torch/torch.h>
 
 #include "support/program.hpp"
 #include "support/report.hpp"

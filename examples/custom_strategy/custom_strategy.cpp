@@ -9,6 +9,7 @@
 
 #include <CLI/CLI.hpp>
 #include <fabric/fabric.hpp>
+#include <torch/torch.h>
 
 struct Average {
   static constexpr fabric::StrategyFacts facts{

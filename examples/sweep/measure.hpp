@@ -5,6 +5,7 @@
 #include <utility>
 
 #include <fabric/fabric.hpp>
+#include <torch/torch.h>
 
 #include "menu.hpp"
 

@@ -18,6 +18,7 @@
 #include <fabric/fabric.hpp>
 #include <fabric/precision/transformer_engine.hpp>
 #include <fmt/format.h>
+#include <torch/torch.h>
 
 #include "digits.hpp"
 #include "kernels.hpp"

@@ -13,11 +13,11 @@
 #include <string>
 #include <tuple>
 #include <type_traits>
-#include <unordered_set>
 #include <utility>
 #include <vector>
 
-#include <torch/torch.h>
+#include <torch/nn/module.h>
+#include <torch/optim/optimizer.h>
 
 #include "fabric/callback.hpp"
 #include "fabric/comm/agreement.hpp"
@@ -452,7 +452,7 @@ class Fabric {
   /// What an optimizer's parameters are looked up in.
   struct KnownModule {
     std::weak_ptr<ModuleState> state;
-    std::unordered_set<const c10::TensorImpl*> parameters;
+    ParameterSet parameters;
   };
 
   void require_launch(const char* what) const {

@@ -8,7 +8,7 @@
 #endif
 
 #include <c10/core/impl/DeviceGuardImplInterface.h>
-#include <torch/torch.h>
+#include <torch/types.h>
 
 #include "fabric/connector/selection.hpp"
 #include "fabric/error.hpp"

@@ -7,7 +7,6 @@
 #include <cstdint>
 
 #include <torch/library.h>
-#include <torch/torch.h>
 
 namespace fabric::detail {
 

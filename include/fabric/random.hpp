@@ -4,7 +4,8 @@
 #include <cstdint>
 #include <cstdlib>
 
-#include <torch/torch.h>
+#include <torch/types.h>
+#include <torch/utils.h>
 
 namespace fabric {
 

@@ -17,7 +17,8 @@
 #include <boost/hana/members.hpp>
 #include <boost/hana/pair.hpp>
 #include <boost/hana/tuple.hpp>
-#include <torch/torch.h>
+#include <torch/data/example.h>
+#include <torch/ordered_dict.h>
 
 namespace fabric {
 

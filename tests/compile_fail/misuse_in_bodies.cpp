@@ -4,6 +4,8 @@
 // needs: torch
 // expect: an optimizer that evaluates the loss itself would use scaled gradients: use BF16Mixed or F32
 // expect: save and load need #include .*fabric/checkpoint.hpp
+#include <torch/torch.h>
+
 #include <fabric/fabric.hpp>
 
 struct Scaled {

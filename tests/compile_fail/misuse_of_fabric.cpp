@@ -9,6 +9,8 @@
 // expect: cannot look for tensors in this type: .* adapt the type with BOOST_HANA_ADAPT_STRUCT
 // expect: cannot see the members of this structure; adapt it with BOOST_HANA_ADAPT_STRUCT
 #include <boost/hana/adapt_struct.hpp>
+#include <torch/torch.h>
+
 #include <fabric/fabric.hpp>
 
 struct NetImpl : torch::nn::Module {

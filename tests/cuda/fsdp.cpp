@@ -14,6 +14,8 @@
 
 #include <c10/cuda/CUDACachingAllocator.h>
 
+#include <torch/torch.h>
+
 #include "fabric/checkpoint.hpp"
 #include "fabric/sharding.hpp"
 #include "support/ranks.hpp"

@@ -5,6 +5,8 @@
 
 #include <c10/cuda/CUDACachingAllocator.h>
 
+#include <torch/torch.h>
+
 #include "fabric/sharding.hpp"
 #include "support/catch.hpp"
 

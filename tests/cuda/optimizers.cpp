@@ -7,6 +7,8 @@
 #include <utility>
 #include <vector>
 
+#include <torch/torch.h>
+
 #include "fabric/fabric.hpp"
 #include "support/catch.hpp"
 

@@ -5,6 +5,8 @@
 #include <limits>
 #include <vector>
 
+#include <torch/torch.h>
+
 #include "fabric/fabric.hpp"
 #include "support/catch.hpp"
 

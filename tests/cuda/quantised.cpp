@@ -8,6 +8,8 @@
 
 #include <ATen/cuda/CUDAContext.h>
 
+#include <torch/torch.h>
+
 #include "fabric/fabric.hpp"
 #include "fabric/precision/bitsandbytes.hpp"
 #include "fabric/precision/transformer_engine.hpp"

@@ -23,6 +23,8 @@
 
 #include <unistd.h>
 
+#include <torch/torch.h>
+
 #include "fabric/checkpoint.hpp"
 #include "fabric/fabric.hpp"
 #if !__has_include(<catch2/catch_all.hpp>)

@@ -17,6 +17,8 @@
 
 #include <nlohmann/json.hpp>
 
+#include <torch/torch.h>
+
 #include "fabric/sharding.hpp"
 #include "support/job.hpp"
 #include "support/ranks.hpp"

@@ -13,6 +13,8 @@
 #include <utility>
 #include <vector>
 
+#include <torch/torch.h>
+
 #include "fabric/sharding.hpp"
 #include "support/ranks.hpp"
 #include "support/sharded_policies.hpp"

@@ -10,6 +10,8 @@
 #include <string>
 #include <thread>
 
+#include <torch/torch.h>
+
 #include "fabric/sharding.hpp"
 #if !__has_include(<catch2/catch_all.hpp>)
 #define CATCH_CONFIG_RUNNER

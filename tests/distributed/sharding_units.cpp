@@ -9,6 +9,8 @@
 #include <utility>
 #include <vector>
 
+#include <torch/torch.h>
+
 #include "fabric/shard/traffic.hpp"
 #include "fabric/sharding.hpp"
 #include "support/parts.hpp"

@@ -11,6 +11,8 @@
 #include <utility>
 #include <vector>
 
+#include <torch/torch.h>
+
 #include "fabric/sharding.hpp"
 #include "support/parts.hpp"
 #include "support/ranks.hpp"

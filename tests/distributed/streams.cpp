@@ -11,6 +11,8 @@
 #include <utility>
 #include <vector>
 
+#include <torch/torch.h>
+
 #include "fabric/checkpoint.hpp"
 #include "support/ranks.hpp"
 

@@ -15,6 +15,8 @@
 #include <utility>
 #include <vector>
 
+#include <torch/torch.h>
+
 #include "fabric/checkpoint.hpp"
 #include "fabric/comm/device_mesh.hpp"
 #include "fabric/precision/transformer_engine.hpp"

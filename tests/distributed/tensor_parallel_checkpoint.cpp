@@ -12,6 +12,8 @@
 #include <utility>
 #include <vector>
 
+#include <torch/torch.h>
+
 #include "fabric/checkpoint.hpp"
 #include "fabric/sharding.hpp"
 #include "support/ranks.hpp"

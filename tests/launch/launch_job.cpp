@@ -13,6 +13,7 @@
 
 #include <CLI/CLI.hpp>
 #include <fabric/fabric.hpp>
+#include <torch/torch.h>
 #include <unistd.h>
 
 namespace {

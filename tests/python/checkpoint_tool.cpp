@@ -12,6 +12,7 @@
 
 #include <fabric/checkpoint.hpp>
 #include <fabric/fabric.hpp>
+#include <torch/torch.h>
 
 namespace {
 

@@ -12,6 +12,7 @@
 
 #include <fabric/checkpoint.hpp>
 #include <fabric/sharding.hpp>
+#include <torch/torch.h>
 
 #include "support/sharded_policies.hpp"
 

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <torch/torch.h>
+
 #include "fabric/sharding.hpp"
 
 namespace fabric::tests {

@@ -17,6 +17,8 @@
 #include <variant>
 #include <vector>
 
+#include <torch/torch.h>
+
 #include "fabric/fabric.hpp"
 #include "fabric/precision/bitsandbytes.hpp"
 #include "support/catch.hpp"

@@ -22,6 +22,8 @@
 #include <sys/resource.h>
 #include <unistd.h>
 
+#include <torch/torch.h>
+
 #include "fabric/checkpoint.hpp"
 #include "fabric/fabric.hpp"
 #include "support/catch.hpp"

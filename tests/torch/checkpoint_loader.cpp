@@ -8,6 +8,8 @@
 #include <string>
 #include <vector>
 
+#include <torch/torch.h>
+
 #include "fabric/checkpoint.hpp"
 #include "fabric/fabric.hpp"
 #include "support/catch.hpp"

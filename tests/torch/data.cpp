@@ -10,6 +10,8 @@
 
 #include <ATen/CPUGeneratorImpl.h>
 
+#include <torch/torch.h>
+
 #include "fabric/fabric.hpp"
 #include "support/catch.hpp"
 

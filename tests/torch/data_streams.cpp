@@ -16,6 +16,8 @@
 
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 
+#include <torch/torch.h>
+
 #include "fabric/checkpoint.hpp"
 #include "fabric/fabric.hpp"
 #include "support/catch.hpp"

@@ -17,6 +17,8 @@
 #include <utility>
 #include <vector>
 
+#include <torch/torch.h>
+
 #include "fabric/checkpoint.hpp"
 #include "fabric/fabric.hpp"
 #include "support/catch.hpp"

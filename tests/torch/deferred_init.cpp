@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // Modules that are made without memory, and get it later.
+#include <torch/torch.h>
+
 #include "fabric/module/deferred_init.hpp"
 
 #include <algorithm>

@@ -14,6 +14,8 @@
 #include <utility>
 #include <vector>
 
+#include <torch/torch.h>
+
 #include "fabric/fabric.hpp"
 #include "fabric/precision/transformer_engine.hpp"
 #include "support/catch.hpp"

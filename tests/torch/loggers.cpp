@@ -11,6 +11,8 @@
 
 #include <unistd.h>
 
+#include <torch/torch.h>
+
 #include "fabric/fabric.hpp"
 #include "support/catch.hpp"
 

@@ -7,6 +7,8 @@
 #include <utility>
 #include <vector>
 
+#include <torch/torch.h>
+
 #include "fabric/sharding.hpp"
 #include "support/catch.hpp"
 #include "support/parts.hpp"

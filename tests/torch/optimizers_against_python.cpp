@@ -5,6 +5,8 @@
 #include <string>
 #include <vector>
 
+#include <torch/torch.h>
+
 #include "fabric/fabric.hpp"
 #include "support/catch.hpp"
 #include "support/reference.hpp"

@@ -17,6 +17,8 @@
 #include <boost/hana/adapt_struct.hpp>
 #include <nlohmann/json.hpp>
 
+#include <torch/torch.h>
+
 #include "fabric/fabric.hpp"
 #include "support/catch.hpp"
 #include "support/gzip.hpp"

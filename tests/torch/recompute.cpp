@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // Blocks that backward runs again instead of keeping their activations.
+#include <torch/torch.h>
+
 #include "fabric/module/recompute.hpp"
 
 #include <cstdint>

@@ -15,6 +15,8 @@
 
 #include <nlohmann/json.hpp>
 
+#include <torch/torch.h>
+
 #include "fabric/fabric.hpp"
 #include "support/catch.hpp"
 #include "support/f16_mixed_on_cpu.hpp"

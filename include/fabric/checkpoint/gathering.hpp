@@ -13,7 +13,7 @@
 #include <vector>
 
 #include <c10/util/accumulate.h>
-#include <torch/torch.h>
+#include <torch/types.h>
 
 #include "fabric/checkpoint/boxes.hpp"
 #include "fabric/checkpoint/dtypes.hpp"

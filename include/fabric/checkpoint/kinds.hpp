@@ -8,7 +8,7 @@
 #include <utility>
 #include <vector>
 
-#include <torch/torch.h>
+#include <torch/optim/schedulers/lr_scheduler.h>
 
 #include "fabric/checkpoint/ranks.hpp"
 #include "fabric/checkpoint/value.hpp"

@@ -13,7 +13,7 @@
 #include <variant>
 #include <vector>
 
-#include <torch/torch.h>
+#include <torch/types.h>
 
 #include "fabric/checkpoint/boxes.hpp"
 #include "fabric/checkpoint/spread.hpp"

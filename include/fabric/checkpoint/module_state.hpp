@@ -6,7 +6,7 @@
 #include <unordered_set>
 #include <variant>
 
-#include <torch/torch.h>
+#include <torch/nn/module.h>
 
 #include "fabric/checkpoint/load_plan.hpp"
 #include "fabric/checkpoint/pickle_writer.hpp"

@@ -14,7 +14,13 @@
 #include <vector>
 
 #include <c10/util/Type.h>
-#include <torch/torch.h>
+#include <torch/optim/adagrad.h>
+#include <torch/optim/adam.h>
+#include <torch/optim/adamw.h>
+#include <torch/optim/optimizer.h>
+#include <torch/optim/rmsprop.h>
+#include <torch/optim/sgd.h>
+#include <torch/types.h>
 
 #include "fabric/checkpoint/load_plan.hpp"
 #include "fabric/checkpoint/pickle_writer.hpp"

@@ -10,7 +10,7 @@
 #include <variant>
 #include <vector>
 
-#include <torch/torch.h>
+#include <torch/types.h>
 
 #include "fabric/checkpoint/ranks.hpp"
 #include "fabric/checkpoint/value.hpp"

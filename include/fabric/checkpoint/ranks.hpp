@@ -11,7 +11,7 @@
 #include <vector>
 
 #include <torch/csrc/distributed/c10d/Store.hpp>
-#include <torch/torch.h>
+#include <torch/types.h>
 
 #include "fabric/checkpoint/file.hpp"
 #include "fabric/comm/world.hpp"

@@ -12,7 +12,7 @@
 #include <utility>
 #include <vector>
 
-#include <torch/torch.h>
+#include <torch/types.h>
 #include <torch/version.h>
 
 #include "fabric/checkpoint/file.hpp"

@@ -11,7 +11,7 @@
 #include <boost/hana/accessors.hpp>
 #include <boost/hana/core/to.hpp>
 #include <boost/hana/for_each.hpp>
-#include <torch/torch.h>
+#include <torch/types.h>
 
 #include "fabric/checkpoint/kinds.hpp"
 #include "fabric/checkpoint/module_state.hpp"

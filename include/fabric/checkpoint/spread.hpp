@@ -11,7 +11,8 @@
 #include <vector>
 
 #include <ATen/ATen.h>
-#include <torch/torch.h>
+#include <torch/nn/module.h>
+#include <torch/types.h>
 
 #include "fabric/checkpoint/boxes.hpp"
 #include "fabric/checkpoint/ranks.hpp"

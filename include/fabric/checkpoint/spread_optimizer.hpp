@@ -14,7 +14,8 @@
 #include <variant>
 #include <vector>
 
-#include <torch/torch.h>
+#include <torch/optim/optimizer.h>
+#include <torch/types.h>
 
 #include "fabric/checkpoint/load_plan.hpp"
 #include "fabric/checkpoint/pickle_writer.hpp"

@@ -8,7 +8,7 @@
 #include <string>
 #include <vector>
 
-#include <torch/torch.h>
+#include <torch/types.h>
 
 #include "fabric/comm/collectives.hpp"
 #include "fabric/comm/world.hpp"

@@ -12,7 +12,7 @@
 #include <vector>
 
 #include <torch/csrc/distributed/c10d/comm.hpp>
-#include <torch/torch.h>
+#include <torch/types.h>
 
 #include "fabric/comm/reason.hpp"
 #include "fabric/comm/world.hpp"

@@ -6,7 +6,7 @@
 #include <memory>
 #include <utility>
 
-#include <torch/torch.h>
+#include <torch/data/dataloader.h>
 
 #include "fabric/data/batches.hpp"
 #include "fabric/data/device_copies.hpp"

@@ -4,7 +4,7 @@
 #include <optional>
 #include <utility>
 
-#include <torch/torch.h>
+#include <torch/types.h>
 
 #include "fabric/side_stream.hpp"
 #include "fabric/tree.hpp"

@@ -10,7 +10,9 @@
 #include <vector>
 
 #include <ATen/CPUGeneratorImpl.h>
-#include <torch/torch.h>
+#include <torch/data/samplers/base.h>
+#include <torch/serialize/archive.h>
+#include <torch/types.h>
 
 namespace fabric {
 

@@ -15,7 +15,8 @@
 #include <variant>
 #include <vector>
 
-#include <torch/torch.h>
+#include <torch/data/dataloader.h>
+#include <torch/data/datasets/base.h>
 
 #include "fabric/comm/collectives.hpp"
 #include "fabric/comm/world.hpp"

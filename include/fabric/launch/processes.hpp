@@ -11,7 +11,7 @@
 #include <utility>
 #include <vector>
 
-#include <torch/torch.h>
+#include <torch/types.h>
 
 #include "fabric/comm/process_group.hpp"
 #include "fabric/comm/world.hpp"

@@ -5,7 +5,8 @@
 #include <cstdint>
 #include <type_traits>
 
-#include <torch/torch.h>
+#include <torch/nn/module.h>
+#include <torch/nn/pimpl.h>
 
 namespace fabric {
 

@@ -5,7 +5,7 @@
 #include <atomic>
 #include <string>
 
-#include <torch/torch.h>
+#include <torch/nn/module.h>
 
 #include "fabric/error.hpp"
 

@@ -9,7 +9,8 @@
 #include <utility>
 #include <vector>
 
-#include <torch/torch.h>
+#include <torch/autograd.h>
+#include <torch/nn/module.h>
 
 #include "fabric/error.hpp"
 #include "fabric/module/deferred.hpp"

@@ -7,7 +7,8 @@
 #include <type_traits>
 #include <utility>
 
-#include <torch/torch.h>
+#include <torch/nn/module.h>
+#include <torch/nn/pimpl.h>
 
 namespace fabric {
 

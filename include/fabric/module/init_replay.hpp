@@ -12,7 +12,7 @@
 #include <vector>
 
 #include <ATen/autocast_mode.h>
-#include <torch/torch.h>
+#include <torch/types.h>
 
 #include "fabric/error.hpp"
 #include "fabric/module/init_tape.hpp"

@@ -13,7 +13,7 @@
 
 #include <ATen/CPUGeneratorImpl.h>
 #include <torch/library.h>
-#include <torch/torch.h>
+#include <torch/types.h>
 
 #include "fabric/error.hpp"
 

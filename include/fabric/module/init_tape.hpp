@@ -16,7 +16,8 @@
 
 #include <ATen/CPUGeneratorImpl.h>
 #include <torch/library.h>
-#include <torch/torch.h>
+#include <torch/types.h>
+#include <torch/utils.h>
 
 #include "fabric/error.hpp"
 #include "fabric/interception.hpp"

@@ -8,9 +8,13 @@
 #include <utility>
 #include <vector>
 
-#include <torch/torch.h>
+#include <torch/nn/module.h>
+#include <torch/optim/optimizer.h>
 
 namespace fabric {
+
+/// What parameters are looked up in, each by its TensorImpl.
+using ParameterSet = std::unordered_set<const c10::TensorImpl*>;
 
 /// Parameters with their names.
 using NamedParameters = std::vector<std::pair<std::string, at::Tensor>>;
@@ -18,7 +22,7 @@ using NamedParameters = std::vector<std::pair<std::string, at::Tensor>>;
 /// The parameters of a module, each once, however often it is registered (tied weights), under its first name.
 [[nodiscard]] inline NamedParameters parameters_of(const torch::nn::Module& module) {
   NamedParameters named;
-  std::unordered_set<const c10::TensorImpl*> seen;
+  ParameterSet seen;
   for (const auto& item : module.named_parameters()) {
     if (seen.insert(item.value().unsafeGetTensorImpl()).second) named.emplace_back(item.key(), item.value());
   }
@@ -28,7 +32,7 @@ using NamedParameters = std::vector<std::pair<std::string, at::Tensor>>;
 /// The parameters of an optimizer, each once, named by their places.
 [[nodiscard]] inline NamedParameters parameters_of(const torch::optim::Optimizer& optimizer) {
   NamedParameters named;
-  std::unordered_set<const c10::TensorImpl*> seen;
+  ParameterSet seen;
   std::size_t place = 0;
   for (const auto& group : optimizer.param_groups()) {
     for (const at::Tensor& parameter : group.params()) {
@@ -39,6 +43,15 @@ using NamedParameters = std::vector<std::pair<std::string, at::Tensor>>;
     }
   }
   return named;
+}
+
+/// What an optimizer steps.
+[[nodiscard]] inline ParameterSet parameter_set(const torch::optim::Optimizer& optimizer) {
+  ParameterSet parameters;
+  for (const auto& group : optimizer.param_groups()) {
+    for (const at::Tensor& parameter : group.params()) parameters.insert(parameter.unsafeGetTensorImpl());
+  }
+  return parameters;
 }
 
 /// The parameters themselves, for code that is written for any owner of some.
@@ -57,7 +70,7 @@ inline std::vector<at::Tensor> each_once(std::vector<at::Tensor> tensors) {
   for (const at::Tensor& tensor : tensors) sorted.push_back(tensor.unsafeGetTensorImpl());
   std::sort(sorted.begin(), sorted.end());
   if (std::adjacent_find(sorted.begin(), sorted.end()) == sorted.end()) return tensors;
-  std::unordered_set<const c10::TensorImpl*> seen;
+  ParameterSet seen;
   std::erase_if(tensors, [&](const at::Tensor& tensor) { return !seen.insert(tensor.unsafeGetTensorImpl()).second; });
   return tensors;
 }

@@ -13,9 +13,13 @@
 #include <utility>
 #include <vector>
 
+#include <torch/autograd.h>
 #include <torch/csrc/autograd/graph_task.h>
 #include <torch/csrc/autograd/saved_variable.h>
-#include <torch/torch.h>
+#include <torch/nn/module.h>
+#include <torch/nn/modules/container/any.h>
+#include <torch/nn/modules/container/sequential.h>
+#include <torch/types.h>
 
 #include "fabric/error.hpp"
 #include "fabric/module/activation_checkpointing.hpp"

@@ -5,9 +5,9 @@
 #include <utility>
 #include <vector>
 
+#include <torch/autograd.h>
 #include <torch/csrc/autograd/engine.h>
 #include <torch/csrc/autograd/saved_variable_hooks.h>
-#include <torch/torch.h>
 
 #include "fabric/error.hpp"
 

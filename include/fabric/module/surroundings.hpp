@@ -10,7 +10,7 @@
 
 #include <ATen/autocast_mode.h>
 #include <c10/core/impl/LocalDispatchKeySet.h>
-#include <torch/torch.h>
+#include <torch/types.h>
 
 #include "fabric/module/activation_checkpointing.hpp"
 #include "fabric/precision/autocast.hpp"

@@ -6,7 +6,9 @@
 #include <string>
 #include <tuple>
 
-#include <torch/torch.h>
+#include <torch/optim/adam.h>
+#include <torch/optim/adamw.h>
+#include <torch/types.h>
 
 #include "fabric/checkpoint/value.hpp"
 #include "fabric/optim/bucket.hpp"

@@ -7,7 +7,9 @@
 #include <utility>
 #include <vector>
 
-#include <torch/torch.h>
+#include <torch/optim/optimizer.h>
+#include <torch/serialize/archive.h>
+#include <torch/types.h>
 
 #include "fabric/checkpoint/value.hpp"
 #include "fabric/error.hpp"

@@ -5,7 +5,8 @@
 #include <cstddef>
 #include <string>
 
-#include <torch/torch.h>
+#include <torch/optim/sgd.h>
+#include <torch/types.h>
 
 #include "fabric/checkpoint/value.hpp"
 #include "fabric/optim/bucket.hpp"

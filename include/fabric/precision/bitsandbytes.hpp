@@ -8,7 +8,9 @@
 #include <unordered_set>
 #include <vector>
 
-#include <torch/torch.h>
+#include <torch/nn/module.h>
+#include <torch/nn/modules/linear.h>
+#include <torch/types.h>
 
 #include "fabric/checkpoint/value.hpp"
 #include "fabric/comm/world.hpp"

@@ -8,7 +8,7 @@
 #include <string>
 
 #include <ATen/ops/_scaled_mm.h>
-#include <torch/torch.h>
+#include <torch/types.h>
 
 #include "fabric/error.hpp"
 

@@ -10,7 +10,8 @@
 #include <utility>
 #include <vector>
 
-#include <torch/torch.h>
+#include <torch/optim/optimizer.h>
+#include <torch/types.h>
 
 #include "fabric/checkpoint/value.hpp"
 #include "fabric/comm/collectives.hpp"

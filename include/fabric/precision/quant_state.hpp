@@ -11,7 +11,7 @@
 #include <string_view>
 #include <utility>
 
-#include <torch/torch.h>
+#include <torch/types.h>
 
 #include "fabric/error.hpp"
 #include "fabric/precision/quantisation.hpp"

@@ -7,7 +7,11 @@
 #include <utility>
 #include <vector>
 
-#include <torch/torch.h>
+#include <torch/autograd.h>
+#include <torch/custom_class.h>
+#include <torch/nn/module.h>
+#include <torch/nn/modules/linear.h>
+#include <torch/types.h>
 
 #include "fabric/precision/linear_substitute.hpp"
 #include "fabric/precision/quant_state.hpp"

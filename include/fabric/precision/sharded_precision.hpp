@@ -8,7 +8,7 @@
 #include <type_traits>
 #include <utility>
 
-#include <torch/torch.h>
+#include <torch/nn/module.h>
 
 #include "fabric/policy/strategy_precision.hpp"
 #include "fabric/precision/autocast.hpp"

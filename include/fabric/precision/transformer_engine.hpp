@@ -8,9 +8,13 @@
 #include <utility>
 #include <vector>
 
+#include <torch/autograd.h>
 #include <torch/csrc/autograd/engine.h>
 #include <torch/csrc/autograd/graph_task.h>
-#include <torch/torch.h>
+#include <torch/custom_class.h>
+#include <torch/nn/module.h>
+#include <torch/nn/modules/activation.h>
+#include <torch/types.h>
 
 #include "fabric/comm/collectives.hpp"
 #include "fabric/comm/world.hpp"

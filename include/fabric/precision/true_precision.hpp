@@ -3,7 +3,7 @@
 
 #include <vector>
 
-#include <torch/torch.h>
+#include <torch/nn/module.h>
 
 #include "fabric/precision/autocast.hpp"
 #include "fabric/precision/precision_plugin.hpp"

@@ -18,7 +18,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
-#include <torch/torch.h>
+#include <torch/types.h>
 
 #include "fabric/error.hpp"
 #include "fabric/shard/file_transfers.hpp"

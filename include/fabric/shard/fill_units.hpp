@@ -8,7 +8,8 @@
 #include <unordered_map>
 #include <vector>
 
-#include <torch/torch.h>
+#include <torch/nn/module.h>
+#include <torch/types.h>
 
 #include "fabric/comm/collectives.hpp"
 #include "fabric/comm/world.hpp"

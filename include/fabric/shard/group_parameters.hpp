@@ -7,7 +7,7 @@
 #include <utility>
 #include <vector>
 
-#include <torch/torch.h>
+#include <torch/nn/module.h>
 
 #include "fabric/error.hpp"
 #include "fabric/module/parameters.hpp"

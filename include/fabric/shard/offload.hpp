@@ -8,7 +8,8 @@
 #include <utility>
 #include <vector>
 
-#include <torch/torch.h>
+#include <torch/optim/optimizer.h>
+#include <torch/types.h>
 
 #include "fabric/shard/flat_unit.hpp"
 #include "fabric/shard/offloaded_state.hpp"

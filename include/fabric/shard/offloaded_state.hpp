@@ -6,7 +6,7 @@
 #include <utility>
 #include <vector>
 
-#include <torch/torch.h>
+#include <torch/optim/optimizer.h>
 
 #include "fabric/error.hpp"
 #include "fabric/optim/state_tensors.hpp"

@@ -11,7 +11,7 @@
 #include <utility>
 #include <vector>
 
-#include <torch/torch.h>
+#include <torch/nn/module.h>
 
 #include "fabric/connector/flags.hpp"
 #include "fabric/module/activation_checkpointing.hpp"

@@ -9,13 +9,15 @@
 #include <mutex>
 #include <optional>
 #include <string>
-#include <unordered_set>
 #include <utility>
 #include <vector>
 
+#include <torch/autograd.h>
 #include <torch/csrc/autograd/utils/lambda_post_hook.h>
 #include <torch/csrc/autograd/variable.h>
-#include <torch/torch.h>
+#include <torch/nn/module.h>
+#include <torch/optim/optimizer.h>
+#include <torch/types.h>
 
 #include "fabric/comm/agreement.hpp"
 #include "fabric/error.hpp"
@@ -211,10 +213,7 @@ class ShardedModule : private detail::UnitOwner {
   /// Calls `visit(gradient)` with each gradient that `no_backward_sync` keeps on this rank for what the optimizer has.
   template <class Visit>
   void for_each_local_gradient(const torch::optim::Optimizer& optimizer, Visit&& visit) const {
-    std::unordered_set<const c10::TensorImpl*> theirs;
-    for (const auto& group : optimizer.param_groups()) {
-      for (const at::Tensor& master : group.params()) theirs.insert(master.unsafeGetTensorImpl());
-    }
+    const ParameterSet theirs = parameter_set(optimizer);
     for (const Shard& shard : shards_) {
       at::Tensor& gradient = shard.parameter.mutable_grad();
       if (gradient.defined() && theirs.contains(shard.master.unsafeGetTensorImpl())) visit(gradient);
@@ -397,7 +396,7 @@ class ShardedModule : private detail::UnitOwner {
   std::vector<std::unique_ptr<Unit>> units_;
   std::vector<std::unique_ptr<detail::OffloadedState>> offloaded_;
   std::vector<Shard> shards_;
-  std::unordered_set<const c10::TensorImpl*> sliced_;  // of the masters
+  ParameterSet sliced_;  // of the masters
   std::vector<at::Tensor> buffers_;
   bool buffers_differ_ = false;
   bool stepped_ = false;

@@ -8,8 +8,10 @@
 #include <utility>
 #include <vector>
 
+#include <torch/autograd.h>
+#include <torch/custom_class.h>
 #include <torch/library.h>
-#include <torch/torch.h>
+#include <torch/types.h>
 
 #include "fabric/comm/collectives.hpp"
 #include "fabric/comm/world.hpp"

@@ -15,7 +15,10 @@
 #include <vector>
 
 #include <torch/csrc/distributed/c10d/reducer.hpp>
-#include <torch/torch.h>
+#include <torch/nn/module.h>
+#include <torch/nn/modules/embedding.h>
+#include <torch/nn/modules/linear.h>
+#include <torch/types.h>
 
 #include "fabric/comm/agreement.hpp"
 #include "fabric/comm/world.hpp"

@@ -11,7 +11,8 @@
 #include <utility>
 #include <vector>
 
-#include <torch/torch.h>
+#include <torch/nn/module.h>
+#include <torch/types.h>
 
 #include "fabric/comm/collectives.hpp"
 #include "fabric/comm/world.hpp"

@@ -10,12 +10,13 @@
 #include <string>
 #include <tuple>
 #include <unordered_map>
-#include <unordered_set>
 #include <utility>
 #include <vector>
 
+#include <torch/autograd.h>
 #include <torch/csrc/distributed/c10d/logger.hpp>
-#include <torch/torch.h>
+#include <torch/nn/module.h>
+#include <torch/optim/optimizer.h>
 
 #include "fabric/comm/agreement.hpp"
 #include "fabric/comm/world.hpp"
@@ -159,10 +160,7 @@ class DdpModule {
   /// An optimizer's gradients are gone, and with them what was not averaged, unless others have some of it.
   void after_zero_grad(const torch::optim::Optimizer& optimizer) {
     if (!*unaveraged_) return;
-    std::unordered_set<const c10::TensorImpl*> theirs;
-    for (const auto& group : optimizer.param_groups()) {
-      for (const at::Tensor& parameter : group.params()) theirs.insert(parameter.unsafeGetTensorImpl());
-    }
+    const ParameterSet theirs = parameter_set(optimizer);
     *unaveraged_ = std::any_of(parameters_.begin(), parameters_.end(), [&](const at::Tensor& parameter) {
       return parameter.grad().defined() && !theirs.contains(parameter.unsafeGetTensorImpl());
     });

@@ -4,7 +4,8 @@
 #include <concepts>
 #include <utility>
 
-#include <torch/torch.h>
+#include <torch/nn/module.h>
+#include <torch/optim/optimizer.h>
 
 #include "fabric/comm/world.hpp"
 #include "fabric/connector/selection.hpp"

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 
 #include <fabric/fabric.hpp>
+#include <torch/torch.h>
 
 using namespace fabric;
 

@@ -1,6 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 #ifdef USE_DISTRIBUTED
+#include "fabric/checkpoint.hpp"
+#include "fabric/comm/device_mesh.hpp"
 #include "fabric/fabric.hpp"
+#include "fabric/module/activation_checkpointing.hpp"
+#include "fabric/module/deferred_init.hpp"
+#include "fabric/precision/bitsandbytes.hpp"
+#include "fabric/precision/transformer_engine.hpp"
+#include "fabric/sharding.hpp"
 #else
 #include "fabric/config.hpp"
 #endif
