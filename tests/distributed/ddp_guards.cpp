@@ -33,6 +33,15 @@ struct TiedImpl : torch::nn::Module {
   at::Tensor forward(const at::Tensor& x) { return x.mm(first).mm(second); }
 };
 
+/// Two parts for two optimizers; the forward goes through one of them or both.
+struct TwoPartsImpl : torch::nn::Module {
+  torch::nn::Linear first{register_module("first", torch::nn::Linear(4, 2))};
+  torch::nn::Linear second{register_module("second", torch::nn::Linear(4, 2))};
+  at::Tensor forward(const at::Tensor& x, bool both) {
+    return both ? first->forward(x) + second->forward(x) : second->forward(x);
+  }
+};
+
 }  // namespace
 
 TEST_CASE("[issue-3.6] zero_grad may stand before the forward or between forward and backward") {
@@ -63,6 +72,33 @@ TEST_CASE("[issue-3.6] a step right after a backward under no_backward_sync is r
     fabric.backward(model(rows(fabric)).pow(2).mean());  // averages all that has accumulated
     optimizer.step();
     REQUIRE(same_on_all_ranks(fabric.world(), linear->weight));
+  });
+}
+
+TEST_CASE("[issue-3.6] local gradients of another optimizer are in a step's way until that one has dropped them") {
+  on_ranks<F32>([](auto& fabric) {
+    torch::manual_seed(5);
+    auto parts = std::make_shared<TwoPartsImpl>();
+    auto [model, of_first, of_second] = fabric.setup(parts, torch::optim::SGD(parts->first->parameters(), 0.1),
+                                                     torch::optim::SGD(parts->second->parameters(), 0.1));
+    fabric.backward(model(rows(fabric), true).pow(2).mean());
+    {
+      const auto guard = fabric.no_backward_sync(model);
+      fabric.backward(model(rows(fabric), false).pow(2).mean());
+    }
+    REQUIRE_THROWS_WITH(of_first.step(), ContainsSubstring("no_backward_sync"));
+    of_second.zero_grad();
+    const at::Tensor before = parts->first->weight.detach().clone();
+    of_first.step();  // by gradients that were averaged
+    REQUIRE_FALSE(parts->first->weight.equal(before));
+    REQUIRE(same_on_all_ranks(fabric.world(), parts->first->weight));
+
+    {
+      const auto guard = fabric.no_backward_sync(model);
+      fabric.backward(model(rows(fabric), true).pow(2).mean());
+    }
+    of_second.zero_grad();
+    REQUIRE_THROWS_WITH(of_first.step(), ContainsSubstring("no_backward_sync"));  // its own are local as well
   });
 }
 

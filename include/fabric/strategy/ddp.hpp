@@ -94,11 +94,16 @@ class DdpModule {
                                        .names = names_});
     logger_ = std::make_shared<c10d::Logger>(reducer_);
     reducer_->set_logger(logger_);
-    for (const at::Tensor& parameter : parameters_) {
-      parameter.register_hook(
-          [reducer = std::weak_ptr(reducer_), unaveraged = unaveraged_](const at::Tensor& /*gradient*/) {
+    unaveraged_->which.resize(parameters_.size());
+    for (std::size_t i = 0; i < parameters_.size(); ++i) {
+      parameters_[i].register_hook(
+          [i, reducer = std::weak_ptr(reducer_), unaveraged = unaveraged_](const at::Tensor& /*gradient*/) {
             const auto alive = reducer.lock();
-            *unaveraged = alive && !alive->expects_gradients();
+            if (alive && !alive->expects_gradients()) {
+              unaveraged->which[i] = unaveraged->any = true;
+            } else if (unaveraged->any) {
+              *unaveraged = {.which = std::vector<bool>(unaveraged->which.size())};  // this averages all that there are
+            }
           });
     }
     if (options.static_graph) reducer_->set_static_graph();
@@ -149,7 +154,7 @@ class DdpModule {
   void before_step() {
     if (!reducer_) return;
     naming_unused([&] { reducer_->check_finalized(); });
-    if (*unaveraged_) {
+    if (unaveraged_->any) {
       throw Error(
           "fabric: Ddp: the gradients were not averaged over the ranks: the last backward ran under no_backward_sync, "
           "or its forward was not called through what `setup` returned. Step after a backward outside "
@@ -159,17 +164,26 @@ class DdpModule {
   }
   /// An optimizer's gradients are gone, and with them what was not averaged, unless others have some of it.
   void after_zero_grad(const torch::optim::Optimizer& optimizer) {
-    if (!*unaveraged_) return;
+    if (!unaveraged_->any) return;
     const ParameterSet theirs = parameter_set(optimizer);
-    *unaveraged_ = std::any_of(parameters_.begin(), parameters_.end(), [&](const at::Tensor& parameter) {
-      return parameter.grad().defined() && !theirs.contains(parameter.unsafeGetTensorImpl());
-    });
+    unaveraged_->any = false;
+    for (std::size_t i = 0; i < parameters_.size(); ++i) {
+      const bool gone = !parameters_[i].grad().defined() || theirs.contains(parameters_[i].unsafeGetTensorImpl());
+      unaveraged_->which[i] = unaveraged_->which[i] && !gone;
+      unaveraged_->any = unaveraged_->any || unaveraged_->which[i];
+    }
   }
 
   /// False inside no_backward_sync.
   bool sync_gradients = true;
 
  private:
+  /// The parameters with gradients of a backward that kept them on their rank.
+  struct Unaveraged {
+    std::vector<bool> which;  // by index into parameters_
+    bool any = false;
+  };
+
   template <at::ScalarType dtype>
   void compress() {
     reducer_->register_comm_hook(std::make_unique<CompressionHook<dtype>>(group_));
@@ -219,7 +233,7 @@ class DdpModule {
   bool buffers_differ_ = false;
   // Shared with hooks, which may outlive this.
   std::shared_ptr<bool> first_backward_seen_ = std::make_shared<bool>(false);
-  std::shared_ptr<bool> unaveraged_ = std::make_shared<bool>(false);
+  std::shared_ptr<Unaveraged> unaveraged_ = std::make_shared<Unaveraged>();
   std::vector<at::Tensor> parameters_;
   std::unordered_map<size_t, std::string> names_;  // of parameters_, by index
   std::vector<at::Tensor> buffers_;
