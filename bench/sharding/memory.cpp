@@ -25,7 +25,8 @@ namespace {
 using Menu = fabric::Menu<
     fabric::Accelerators<fabric::Cpu>,
     fabric::Strategies<fabric::Ddp, fabric::DeepSpeed<1>, fabric::DeepSpeed<2>, fabric::DeepSpeed<3>,
-                       fabric::DeepSpeed<1, fabric::Offload::cpu>, fabric::DeepSpeed<3, fabric::Offload::cpu>>,
+                       fabric::DeepSpeed<1, fabric::Offload::cpu>, fabric::DeepSpeed<3, fabric::Offload::cpu>,
+                       fabric::DeepSpeed<3, fabric::Offload::nvme>>,
     fabric::Precisions<fabric::BF16Mixed>>;
 
 /// A line of /proc/self/status that counts kilobytes, in bytes.
@@ -66,10 +67,16 @@ std::map<std::string, std::int64_t> expected(const Shape& shape, const fabric::S
   const std::int64_t own = all / ranks;
   std::map<std::string, std::int64_t> parts;
   const bool sharded = strategy.stage > 0;
-  parts["master"] = 4 * (sharded ? own : all);
-  parts["moments"] = 8 * (sharded ? own : all);
+  // In files: of the unit that is stepped, the one that leaves and the one that comes.
+  const std::int64_t kept = strategy.optimizer_offload == fabric::Offload::nvme ? 3 * unit / ranks
+                            : sharded                                           ? own
+                                                                                : all;
+  parts["master"] = 4 * kept;
+  parts["moments"] = 8 * kept;
   // Under Ddp those are what is computed with, in copies of bfloat16 that autocast keeps until the forward is over.
-  parts["parameters"] = 2 * (strategy.stage == 3 ? own : all);
+  parts["parameters"] = 2 * (strategy.parameter_offload == fabric::Offload::nvme ? kept
+                             : strategy.stage == 3                               ? own
+                                                                                 : all);
   parts["gradients"] = sharded ? 4 * own + (strategy.stage == 1 ? 2 * all : 0) : 4 * all;
   // Whole parameters and gradients of the one that computes and of the one that comes or goes.
   parts["units"] = sharded ? 2 * (2 * unit + 2 * unit) : 0;

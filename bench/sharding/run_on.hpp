@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <filesystem>
 #include <utility>
 
 #include <fabric/dispatch.hpp>
@@ -28,6 +29,8 @@ void run_on(const Task& task, Run&& run) {
     typename F::Options options;
     if constexpr (requires { options.strategy.units; })
       options.strategy.units = decltype(options.strategy.units)::template by_type<BlockImpl>();
+    if constexpr (requires { options.strategy.nvme_path; })
+      options.strategy.nvme_path = std::filesystem::temp_directory_path();
     F fabric(selection, std::move(options));
     fabric.launch();
     at::set_num_threads(1);

@@ -22,6 +22,7 @@
 #include <string_view>
 #include <vector>
 
+#include <fabric/shard/traffic.hpp>
 #include <fmt/format.h>
 #include <nlohmann/json.hpp>
 
@@ -36,8 +37,9 @@ using namespace bench;
 
 /// Flags of the strategies whose steps are timed, and of those whose memory is measured.
 const std::vector<std::string> timed{"ddp", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3"};
-const std::vector<std::string> weighed{"deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_3",
-                                       "deepspeed_stage_1_offload", "deepspeed_stage_3_offload"};
+const std::vector<std::string> weighed{"deepspeed_stage_1",         "deepspeed_stage_2",
+                                       "deepspeed_stage_3",         "deepspeed_stage_1_offload",
+                                       "deepspeed_stage_3_offload", "deepspeed_stage_3_offload_nvme"};
 
 constexpr int time_devices = 2;
 constexpr int memory_devices = 4;
@@ -151,6 +153,25 @@ void compare_memory(const std::string& model, Report& report) {
   }
 }
 
+/// Prints what a rank sends in a step, in messages of gloo and in bytes, in jobs of any size. (A test counts them at
+/// the socket for 2, 4 and 8 ranks.)
+void print_traffic(const std::string& model) {
+  const Shape shape = shape_of(model);
+  const auto bytes = static_cast<std::uint64_t>(2 * shape.block_parameters());  // of bfloat16, in one unit
+  fmt::print("{} in bf16-mixed, {} units: messages and MiB that each rank sends in a step\n", millions(shape),
+             shape.layers);
+  for (std::uint64_t ranks = 64; ranks <= 4096; ranks *= 2) {
+    fmt::print("{:>5} ranks:", ranks);
+    for (const int stage : {1, 2, 3}) {
+      const std::uint64_t padded = (bytes + 32 * ranks - 1) / (32 * ranks) * (32 * ranks);  // 16 elements a rank
+      const fabric::Traffic step =
+          static_cast<std::uint64_t>(shape.layers) * fabric::sharded_step(stage, padded, padded, ranks);
+      fmt::print("  stage {} {:>7} {:>7.1f}", stage, step.messages, static_cast<double>(step.bytes) / (1 << 20));
+    }
+    fmt::print("\n");
+  }
+}
+
 /// The task of `--measure`; null where there is none. Throws std::runtime_error for flags that nobody knows.
 std::unique_ptr<Task> task_of(int argc, char** argv) {
   if (argc < 2 || std::string_view(argv[1]) != "--measure") return nullptr;
@@ -186,6 +207,7 @@ int main(int argc, char** argv) try {
   compare_times("small", arguments.quick, report);
   if (!arguments.quick) compare_times("medium", arguments.quick, report);
   compare_memory(arguments.quick ? "small" : "large", report);
+  print_traffic("large");
   report.write(arguments.json);
   return 0;
 } catch (const std::exception& error) {

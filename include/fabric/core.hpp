@@ -321,6 +321,18 @@ class Fabric {
     return detail::DeferredInitialisation<Make>::run(std::forward<Make>(make));
   }
 
+  /// While the result lives, modules that this thread makes are in this precision's dtype and, where the strategy
+  /// shards, without memory until `setup`, as by `init_module` with `{.empty = true}`. For code that cannot be put into
+  /// one function: `{ const auto scope = fabric.sharded_model(); net = Net(config); }`. Needs
+  /// fabric/module/deferred_init.hpp. What cannot be remembered is thrown by `setup`.
+  [[nodiscard]] auto sharded_model() const {
+    static_assert(detail::has_deferred_init<Fabric>,
+                  "fabric: sharded_model needs #include \"fabric/module/deferred_init.hpp\"");
+    require_launch("sharded_model");
+    return typename detail::DeferredInitialisation<Fabric>::template Scope<typename Plugin::InitContext>(
+        /*defers=*/requires { Engine::moves_modules; });
+  }
+
   /// Runs `function` on global rank 0 (with `local`: on each node's local rank 0) before the other ranks do, so that
   /// the first finds nothing and the others what it made, such as a download. Returns what `function` returns.
   template <class Function>

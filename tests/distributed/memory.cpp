@@ -7,6 +7,7 @@
 
 #include "fabric/module/deferred_init.hpp"
 #include "fabric/module/recompute.hpp"
+#include "fabric/sharding.hpp"
 #include "support/ranks.hpp"
 
 namespace {
@@ -15,12 +16,17 @@ using namespace fabric;
 using tests::on_ranks;
 using tests::same_on_all_ranks;
 
+int runs = 0;  ///< Of all blocks.
+
 struct BlockImpl : torch::nn::Module {
   torch::nn::Linear in{register_module("in", torch::nn::Linear(8, 16))};
   torch::nn::BatchNorm1d norm{register_module("norm", torch::nn::BatchNorm1d(16))};
   torch::nn::Linear out{register_module("out", torch::nn::Linear(16, 8))};
   torch::nn::Dropout dropout{register_module("dropout", torch::nn::Dropout(0.3))};
-  at::Tensor forward(const at::Tensor& x) { return x + out(dropout(torch::gelu(norm(in(x))))); }
+  at::Tensor forward(const at::Tensor& x) {
+    ++runs;
+    return x + out(dropout(torch::gelu(norm(in(x)))));
+  }
 };
 TORCH_MODULE(Block);
 
@@ -54,7 +60,15 @@ std::vector<at::Tensor> trained(F& fabric, ActivationCheckpointing setting, bool
     }
     optimizer.step();
   }
-  std::vector<at::Tensor> all = net->parameters();
+  std::vector<at::Tensor> all;
+  const auto keep = [&] {
+    for (const at::Tensor& parameter : net->parameters()) all.push_back(parameter.detach().clone());
+  };
+  if constexpr (requires { model.state()->with_full_parameters(keep); }) {
+    model.state()->with_full_parameters(keep);
+  } else {
+    keep();
+  }
   for (const at::Tensor& buffer : net->buffers()) all.push_back(buffer);
   return all;
 }
@@ -76,6 +90,31 @@ void check_same(F& fabric, bool skip_the_last, bool accumulate = true) {
 TEST_CASE("[issue-8.8] Ddp: recomputed blocks train to the same bits, with accumulation and autocast") {
   on_ranks<F32>([](auto& fabric) { check_same(fabric, false); });
   on_ranks<BF16Mixed>([](auto& fabric) { check_same(fabric, false); });
+}
+
+TEST_CASE("[issue-8.8] sharded: blocks are gathered again to be recomputed, and train to the same bits") {
+  const auto units = Units::by_type<Block>();
+  on_ranks<F32, DeepSpeed<2>>({.units = units}, [](auto& fabric) { check_same(fabric, false); });
+  for (const int limit : {1, 2}) {
+    on_ranks<F32, DeepSpeed<3>>({.units = units, .units_in_flight = limit},
+                                [](auto& fabric) { check_same(fabric, false); });
+  }
+  on_ranks<BF16Mixed, ModelParallel>({.units = units}, [](auto& fabric) { check_same(fabric, false); });
+}
+
+TEST_CASE("[issue-8.8] sharded: as an option by the blocks' type") {
+  std::vector<at::Tensor> expected;
+  on_ranks<F32, DeepSpeed<3>>({.units = Units::by_type<Block>()}, [&](auto& fabric) {
+    expected = trained(fabric, ActivationCheckpointing::none(), false, true);
+  });
+  const ShardingOptions options{.units = Units::by_type<Block>(),
+                                .activation_checkpointing = ActivationCheckpointing::of<Block>()};
+  on_ranks<F32, DeepSpeed<3>>(options, [&](auto& fabric) {
+    const int before = runs;
+    const auto ours = trained(fabric, ActivationCheckpointing::none(), false, true);
+    REQUIRE(runs - before == 2 * 4 * 2 * 4);  // each of four calls twice, in four steps of two batches
+    for (std::size_t i = 0; i < ours.size(); ++i) REQUIRE(ours[i].equal(expected[i]));
+  });
 }
 
 TEST_CASE(

@@ -193,13 +193,20 @@ int all_or_none() {
   return 0;
 }
 
-/// Mixed precision: what is saved are the numbers that the optimizer changes.
+struct NormedImpl : torch::nn::Module {
+  torch::nn::Linear in{register_module("in", torch::nn::Linear(8, 8))};
+  torch::nn::BatchNorm1d norm{register_module("norm", torch::nn::BatchNorm1d(8))};
+  at::Tensor forward(const at::Tensor& x) { return norm(in(x)); }
+};
+TORCH_MODULE(Normed);
+
+/// Mixed precision: what is saved are the numbers that the optimizer changes, and buffers as the module was made.
 int mixed() {
   at::set_num_threads(1);
   Fabric<Cpu, DeepSpeed<3>, BF16Mixed> fabric({.devices = 2});
   fabric.launch();
   torch::manual_seed(1);
-  torch::nn::Linear net(8, 8);
+  Normed net;
   auto [model, optimizer] = fabric.setup(net, optim::AdamW(net->parameters(), torch::optim::AdamWOptions(0.01)));
   const auto step = [&, &model = model, &optimizer = optimizer] {
     torch::manual_seed(2);
@@ -210,11 +217,13 @@ int mixed() {
   const auto masters = [&, &model = model] {
     std::vector<at::Tensor> all;
     for (const Shard& shard : model.state()->shards()) all.push_back(shard.master.detach().clone());
+    for (const at::Tensor& buffer : net->buffers()) all.push_back(buffer.clone());
     return all;
   };
   const State state{{"model", model}, {"optimizer", optimizer}};
   step();
   fabric.save<DistributedCheckpoint>(variable("SAVE"), state);
+  fabric.save(variable("SAVE") + ".pt", state);
   step();
   const auto expected = masters();
   step();
@@ -285,6 +294,7 @@ const std::map<std::string, std::function<int()>> jobs{
     {"zero 1", [] { return train<Zero<1>>(); }},
     {"zero 2 of torch", [] { return train<Zero<2>, torch::optim::AdamW>(); }},
     {"zero 3", [] { return train<Zero<3>>(); }},
+    {"zero 3 in files", [] { return train<Zero<3, Offload::nvme>>(ShardingOptions{.nvme_path = "/tmp"}); }},
     {"full", [] { return train<Sharded>(); }},
     {"hybrid", [] { return train<Sharded>(ShardingOptions{.sharding = Sharding::hybrid, .shard_group_size = 2}); }},
     {"replicated", [] { return train<Sharded>(ShardingOptions{.sharding = Sharding::none}); }},
@@ -413,7 +423,7 @@ TEST_CASE("[issue-8.7] training goes on under other strategies, on 1, 4 and 2 ra
     const char* to;
   } stages[] = {{"one of torch", 1, "a"}, {"zero 3", 4, "b"},     {"ddp", 2, "c"},
                 {"zero 1", 2, "d.pt"},    {"hybrid", 4, "e"},     {"zero 2 of torch", 2, "f"},
-                {"full", 4, "g.pt"},      {"replicated", 2, "h"}, {"zero 3", 2, "i"},
+                {"full", 4, "g.pt"},      {"replicated", 2, "h"}, {"zero 3 in files", 2, "i"},
                 {"one", 1, "j"}};
   std::string from;
   int until = 0;
@@ -432,7 +442,7 @@ TEST_CASE("[issue-8.7] one file of a sharded model has what an unsharded one has
   const Folder folder;
   run("one", 1, "", 2, folder / "one.pt");
   const Value one = contents(folder, folder / "one.pt");
-  for (const std::string name : {"zero 3", "zero 1", "hybrid", "replicated"}) {
+  for (const std::string name : {"zero 3", "zero 1", "hybrid", "replicated", "zero 3 in files"}) {
     run(name, 4, "", 2, folder / "sharded.pt");
     compare(one, contents(folder, folder / "sharded.pt"), name, true);
   }
@@ -473,7 +483,21 @@ TEST_CASE("[issue-8.7] in mixed precision the optimizer's own numbers are saved"
   CHECK(tests::count(process.output(), "goes on as before") == 2);
   const Value saved = contents(folder, folder / "c");
   const auto& model = saved.as<Dict>("").at("model").as<Dict>("");
-  CHECK(model.at("weight").as<at::Tensor>("").scalar_type() == at::kFloat);
+  CHECK(model.at("in.weight").as<at::Tensor>("").scalar_type() == at::kFloat);
+  CHECK(model.at("norm.running_mean").as<at::Tensor>("").scalar_type() == at::kFloat);
+  // And so they are loaded without sharding.
+  Fabric<Cpu, SingleDevice, BF16Mixed> one;
+  Normed net;
+  auto [whole, optimizer] = one.setup(net, optim::AdamW(net->parameters(), torch::optim::AdamWOptions(0.01)));
+  for (const auto& file : {folder / "c.pt", folder / "c"}) {
+    net->norm->running_mean.zero_();
+    if (file.ends_with(".pt")) {
+      one.load(file, {{"model", whole}, {"optimizer", optimizer}});
+    } else {
+      one.load<DistributedCheckpoint>(file, {{"model", whole}, {"optimizer", optimizer}});
+    }
+    REQUIRE(net->norm->running_mean.abs().sum().item<float>() > 0);
+  }
 }
 
 TEST_CASE(

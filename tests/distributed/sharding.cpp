@@ -6,9 +6,11 @@
 // timeout: 300
 // also: cuda
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -84,7 +86,7 @@ struct CnnImpl : torch::nn::Module {
     return head(x.flatten(1));
   }
   static std::pair<at::Tensor, at::Tensor> batch(int rows) {
-    return {torch::randn({rows, 1, 8, 8}, torch::kDouble), torch::randint(5, {rows}, torch::kLong)};
+    return {torch::randn({rows, 1, 8, 8}), torch::randint(5, {rows}, torch::kLong)};
   }
   static at::Tensor loss(const at::Tensor& output, const at::Tensor& target) {
     return torch::cross_entropy_loss(output, target);
@@ -107,7 +109,7 @@ struct MlpsImpl : torch::nn::Module {
     return x;
   }
   static std::pair<at::Tensor, at::Tensor> batch(int rows) {
-    return {torch::randn({rows, 8}, torch::kDouble), torch::randn({rows, 8}, torch::kDouble)};
+    return {torch::randn({rows, 8}), torch::randn({rows, 8})};
   }
   static at::Tensor loss(const at::Tensor& output, const at::Tensor& target) { return torch::mse_loss(output, target); }
 };
@@ -120,12 +122,15 @@ struct Recipe {
   double clip = 0;
   int steps = 20;
   bool same_data = false;  ///< On all ranks.
+  at::ScalarType dtype = at::kDouble;
+  double eps = 1e-4;  ///< Of AdamW.
 };
 
 /// What the ranks agree on: all parameters and buffers, whole, and the norms that clipping returned.
 struct Trained {
   std::vector<at::Tensor> tensors;
   std::vector<double> norms;
+  std::vector<double> losses;  ///< This rank's own.
 };
 
 template <class Net, class F>
@@ -133,9 +138,9 @@ Trained train(F& fabric, const Recipe& recipe) {
   using Impl = typename Net::ContainedType;
   torch::manual_seed(fabric.is_global_zero() ? 7 : 8);  // rank 0's parameters count
   Net net;
-  net->to(torch::kDouble);
+  net->to(recipe.dtype);
   // Biases before a normalisation have no gradient but rounding errors, which a smaller eps would make steps of.
-  const auto options = torch::optim::AdamWOptions(0.01).eps(1e-4);
+  const auto options = torch::optim::AdamWOptions(0.01).eps(recipe.eps);
   std::unique_ptr<torch::optim::Optimizer> optimizer;
   if (recipe.torch_optimizer) {
     optimizer = std::make_unique<torch::optim::AdamW>(net->parameters(), options);
@@ -151,7 +156,9 @@ Trained train(F& fabric, const Recipe& recipe) {
           static_cast<std::uint64_t>(1000 * step + 10 * part + (recipe.same_data ? 0 : fabric.global_rank())));
       const auto [x, y] = fabric.to_device(Impl::batch(3));
       const auto guard = fabric.no_backward_sync(model, !recipe.reduces_each && part + 1 < recipe.accumulate);
-      fabric.backward(Impl::loss(model(x), y) / recipe.accumulate);
+      const at::Tensor loss = Impl::loss(model(x), y);
+      fabric.backward(loss / recipe.accumulate);
+      trained.losses.push_back(loss.template item<double>());
     }
     if (recipe.clip > 0) {
       const auto norm = fabric.clip_gradients(model, ClipNorm{recipe.clip});
@@ -188,6 +195,17 @@ double difference(const Trained& a, const Trained& b) {
   }
   REQUIRE(a.norms.size() == b.norms.size());
   for (std::size_t i = 0; i < a.norms.size(); ++i) largest = std::max(largest, std::abs(a.norms[i] / b.norms[i] - 1));
+  return largest;
+}
+
+/// The largest difference of any loss, relative to it.
+double difference_of_losses(const Trained& a, const Trained& b) {
+  double largest = 0;
+  REQUIRE(a.losses.size() == b.losses.size());
+  for (std::size_t i = 0; i < a.losses.size(); ++i) {
+    REQUIRE(std::isfinite(a.losses[i]));
+    largest = std::max(largest, std::abs(a.losses[i] / b.losses[i] - 1));
+  }
   return largest;
 }
 
@@ -250,6 +268,39 @@ TEST_CASE("[issue-8.1] a CNN with BatchNorm: every stage and mode trains as Ddp 
   compare_all<Cnn>(Units::by_name({"conv1", "conv2", "head"}));
 }
 
+TEST_CASE(
+    "[issue-8.5] in bf16-mixed every stage and mode trains to the same values, and as Ddp does within the dtype") {
+  const Recipe recipe{.accumulate = 2, .clip = 0.5, .dtype = at::kFloat, .eps = 1e-2};
+  const auto test = [&]<class Net>(const Units& units) {
+    Trained by_ddp;
+    on_ranks<BF16Mixed>([&](auto& fabric) { by_ddp = train<Net>(fabric, recipe); });
+    std::optional<Trained> first;
+    const auto compare = [&]<class S>(const std::string& what, ShardingOptions options = {}) {
+      options.units = units;
+      on_ranks<BF16Mixed, S>(options, [&](auto& fabric) {
+        INFO(what);
+        const Trained ours = train<Net>(fabric, recipe);
+        CHECK(difference_of_losses(ours, by_ddp) < std::ldexp(1, -5));
+        if (!first) first = ours;
+        CHECK(difference(ours, *first) < 1e-6);
+      });
+    };
+    compare.template operator()<DeepSpeed<1>>("stage 1");
+    compare.template operator()<DeepSpeed<2>>("stage 2");
+    compare.template operator()<DeepSpeed<3>>("stage 3");
+    compare.template operator()<DeepSpeed<3, Offload::cpu>>("stage 3, offloaded");
+    compare.template operator()<DeepSpeed<3, Offload::nvme>>("stage 3, in files", {.nvme_path = "/tmp"});
+    first.reset();  // which has autocast too
+    compare.template operator()<ModelParallel>("full");
+    compare.template operator()<ModelParallel>("grad-op", {.sharding = Sharding::grad_op});
+    compare.template operator()<ModelParallel>("none", {.sharding = Sharding::none});
+    compare.template operator()<ModelParallel>("hybrid", {.sharding = Sharding::hybrid, .shard_group_size = 2});
+  };
+  if (tests::ranks() > 2) return;  // where sums of bfloat16 depend on who adds first
+  test.template operator()<Transformer>(Units::by_type<BlockImpl>());
+  test.template operator()<Cnn>(Units::by_name({"conv1", "conv2", "head"}));
+}
+
 TEST_CASE("[issue-8.1] with layers divided by a plan, and the rest sharded over the ranks that have the same slices") {
   const tests::DoubleOutputs doubles;
   // The ranks of a tensor group see the same data: here all ranks do.
@@ -259,6 +310,13 @@ TEST_CASE("[issue-8.1] with layers divided by a plan, and the rest sharded over 
   const TensorParallelPlan plan{{"blocks.*.up", Colwise{}}, {"blocks.*.down", Rowwise{}}};
   on_ranks<F64, Sharded>({.tensor_parallel = plan, .tensor_parallel_size = 2, .units = Units::by_type<MlpImpl>()},
                          [&](auto& fabric) { REQUIRE(difference(train<Mlps>(fabric, recipe), expected) < 1e-12); });
+  if (tests::ranks() == 4) {  // two tensor groups, on one node: the default groups are both of its data ranks
+    on_ranks<F64, Sharded>({.sharding = Sharding::hybrid,
+                            .tensor_parallel = plan,
+                            .tensor_parallel_size = 2,
+                            .units = Units::by_type<MlpImpl>()},
+                           [&](auto& fabric) { REQUIRE(difference(train<Mlps>(fabric, recipe), expected) < 1e-12); });
+  }
   const auto refused = [&](ShardingOptions options) {
     Fabric<tests::Tested, DeepSpeed<2>, F32> fabric({.devices = 1, .strategy = std::move(options)});
   };

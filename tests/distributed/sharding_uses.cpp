@@ -6,6 +6,7 @@
 // keep gradients, and go on after an exception.
 #include <cstdint>
 #include <functional>
+#include <memory>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -357,6 +358,41 @@ TEST_CASE("[issue-8.2] BatchNorm takes two forwards before one backward, under D
   };
   on_ranks<F32>(run);
   on_ranks<F32, Sharded>(run);
+}
+
+TEST_CASE("[issue-8.1] the engine of Fsdp, which as a strategy needs GPUs, on the ranks of a CPU") {
+  on_ranks<F32, ModelParallel>({.units = by_part}, [](auto& fabric) {
+    const auto expected = [&] {
+      Net net = make_net();
+      auto [model, optimizer] = fabric.setup(net, optim::SGD(net->parameters(), 0.1));
+      for (int step = 0; step < 3; ++step) {
+        optimizer.zero_grad();
+        fabric.backward(model(batch(fabric, step)).pow(2).mean());
+        fabric.clip_gradients(model, ClipNorm{0.5});
+        optimizer.step();
+      }
+      return masters_of(*model.state());
+    }();
+    using FsdpEngine = fabric::detail::ShardedEngine<Cuda, Fsdp>;
+    FsdpEngine engine({.units = by_part});
+    const auto state = std::make_shared<ShardedModule>();
+    Net net = make_net();
+    engine.setup(*state, *net, fabric.world(), strategy_precision_v<Fsdp, F32>);
+    optim::SGD optimizer(net->parameters(), 0.1);
+    FsdpEngine::adopt(optimizer, {state});
+    for (int step = 0; step < 3; ++step) {
+      optimizer.zero_grad();
+      FsdpEngine::after_zero_grad(*state, optimizer);
+      FsdpEngine::forward(*state, [&] { return net(batch(fabric, step)); }).pow(2).mean().backward();
+      FsdpEngine::after_backward(*state);
+      FsdpEngine::clip_gradients({state}, optimizer, ClipNorm{0.5});
+      FsdpEngine::before_step(*state);
+      FsdpEngine::step({state}, optimizer, [&] { return optimizer.step(); });
+      FsdpEngine::after_step(*state);
+    }
+    REQUIRE(equal(masters_of(*state), expected));
+    REQUIRE_THROWS_WITH(FsdpEngine({.tensor_parallel_size = 2}), ContainsSubstring("only ModelParallel"));
+  });
 }
 
 TEST_CASE("[issue-8.1] slices of a module that was divided by hand are refused") {

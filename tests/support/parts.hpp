@@ -13,10 +13,13 @@ struct PartImpl : torch::nn::Module {
   torch::nn::Linear up{register_module("up", torch::nn::Linear(8, 24))};
   torch::nn::Linear down{register_module("down", torch::nn::Linear(24, 8))};
   std::function<void()> inside = [] {};
+  std::function<void()> inside_backward{};
 
   at::Tensor forward(const at::Tensor& x) {
     auto hidden = torch::tanh(up(x));
     inside();
+    if (inside_backward && hidden.requires_grad())
+      hidden.register_hook([this](const at::Tensor&) { inside_backward(); });
     return x + down(hidden);
   }
 };

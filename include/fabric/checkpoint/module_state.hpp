@@ -51,7 +51,7 @@ inline constexpr const char* is_a_slice =
                       "has no memory, because its module is sharded: save the model that `setup` "
                       "returned, not the module that was given to it");
     }
-    state[key] = tensor.detach();
+    state[key] = tensor.detach().to(spread.dtype(tensor));
   });
   return state;
 }
@@ -75,7 +75,9 @@ inline void plan_module(const torch::nn::Module& module, const Value& value, con
       return;
     }
     if (parameter == nullptr) {
-      if (check_tensor(tensor, *saved, inner_key(name, key), plan)) {
+      const at::ScalarType dtype = plan.spread().dtype(tensor);
+      const at::Tensor stored = dtype == tensor.scalar_type() ? tensor : at::empty_like(tensor, at::TensorOptions(dtype));
+      if (check_tensor(stored, *saved, inner_key(name, key), plan)) {
         plan.fill(tensor.detach(), std::get<at::Tensor>(saved->data()));
       }
       return;

@@ -101,6 +101,9 @@ class Spread {
     } else {
       add_shards(state.shards(), key, /*writes=*/true);
     }
+    if constexpr (requires { state.converted_buffers(); }) {
+      for (const auto& [buffer, dtype] : state.converted_buffers()) dtypes_[buffer.unsafeGetTensorImpl()] = dtype;
+    }
   }
 
   /// Null for a tensor that is no parameter of a known module.
@@ -137,6 +140,11 @@ class Spread {
     const auto found = writes_.find(tensor.unsafeGetTensorImpl());
     return found == writes_.end() ? world.is_global_zero() : found->second;
   }
+  /// The dtype in which checkpoints have a tensor that is whole, whatever strategy has it in another now.
+  [[nodiscard]] at::ScalarType dtype(const at::Tensor& tensor) const {
+    const auto found = dtypes_.find(tensor.unsafeGetTensorImpl());
+    return found == dtypes_.end() ? tensor.scalar_type() : found->second;
+  }
   /// Is there anything that is spread? The same on all ranks.
   [[nodiscard]] bool is_used() const { return has_shards_; }
 
@@ -152,6 +160,7 @@ class Spread {
   std::unordered_map<const c10::TensorImpl*, Parameter> parameters_;
   std::unordered_map<const c10::TensorImpl*, Part> parts_;
   std::unordered_map<const c10::TensorImpl*, bool> writes_;
+  std::unordered_map<const c10::TensorImpl*, at::ScalarType> dtypes_;
   std::vector<at::Tensor> made_;
   bool has_shards_ = false;
 };

@@ -74,7 +74,8 @@ struct NamedSlot {
 /// share memory come one right after the other. A tensor that the module holds without having registered it is given
 /// its value. Does nothing for modules that have memory.
 ///
-/// Throws fabric::Error for parameters on the meta device that were not made by `deferred_init`.
+/// Throws fabric::Error for parameters on the meta device that were not made by `deferred_init`, and for what the end
+/// of a scope in which they were made could not throw.
 template <class OnReady>
 void materialise(torch::nn::Module& module, const Materialise& options, OnReady&& on_ready) {
   std::vector<std::shared_ptr<detail::InitTape>> tapes;
@@ -99,6 +100,7 @@ void materialise(torch::nn::Module& module, const Materialise& options, OnReady&
                 strangers + ". Make the module by deferred_init or init_module, and do not clone it before");
   }
   for (const auto& tape : tapes) {
+    tape->throw_problem();
     auto& by_memory = slots[tape.get()];
     std::vector<std::vector<at::Tensor>> unregistered(tape->memories().size());
     std::unordered_set<const c10::TensorImpl*> registered;
@@ -178,10 +180,32 @@ template <class Make>
 
 namespace detail {
 
-/// `Fabric::init_module` with options.
-template <class Make>
+/// What class Fabric does with it; `For` only makes it a template, whose definition class Fabric need not have.
+template <class For>
 struct DeferredInitialisation {
-  static auto run(Make&& make) { return deferred_init(std::forward<Make>(make)); }
+  /// `init_module` with options.
+  static auto run(For&& make) { return deferred_init(std::forward<For>(make)); }
+  /// `sharded_model`: what `deferred_init` does, from here to the end of the scope.
+  template <class Context>
+  class Scope {
+   public:
+    explicit Scope(bool defers) {
+      if (!defers || InitTape::is_recording()) return;
+      materialise_deferred = &materialise_on;
+      tape_ = std::make_shared<InitTape>();
+      recording_.emplace(*tape_);
+    }
+    ~Scope() {
+      if (recording_) tape_->close();
+    }
+    Scope(const Scope&) = delete;
+    Scope& operator=(const Scope&) = delete;
+
+   private:
+    [[no_unique_address]] Context context_;
+    std::shared_ptr<InitTape> tape_;
+    std::optional<InitTape::Recording> recording_;
+  };
 };
 
 }  // namespace detail

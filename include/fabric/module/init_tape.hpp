@@ -90,6 +90,18 @@ class InitTape : public std::enable_shared_from_this<InitTape> {
     InitTape& tape_;
   };
 
+  /// The end of a scope that records, which must not throw: `throw_problem` does it later.
+  void close() noexcept {
+    try {
+      finish();
+    } catch (const Error& error) {
+      problem_ = error.what();
+    }
+  }
+  void throw_problem() const {
+    if (!problem_.empty()) throw Error(problem_);
+  }
+
   [[nodiscard]] static bool is_recording() { return current() != nullptr; }
   /// The operator that was last recorded or tried.
   [[nodiscard]] const std::string& last_operator() const { return last_operator_; }
@@ -398,6 +410,7 @@ class InitTape : public std::enable_shared_from_this<InitTape> {
   std::size_t lent_ = 0;
   at::Tensor expected_state_;
   std::string last_operator_;
+  std::string problem_;
 };
 
 }  // namespace fabric::detail

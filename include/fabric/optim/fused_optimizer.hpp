@@ -215,8 +215,21 @@ class FusedOptimizer : public torch::optim::Optimizer, public Stateful {
       if (!has_gradient) continue;
       detail::Bucket& bucket = plan.buckets[entry.bucket];
       if (parameter.scalar_type() != bucket.dtype || parameter.device() != bucket.device) return false;
-      if (find_state(parameter) != entry.state) return false;
+      const ParamState* own = find_state(parameter);
+      if (own != entry.state || !holds(bucket, bucket.gradients.size(), plan.states, own)) return false;
       bucket.gradients.push_back(detail::aligned_gradient(parameter));
+    }
+    return true;
+  }
+
+  /// Are the bucket's tensors at `place` still those of that state? Whoever offloads may have replaced some.
+  static bool holds(const detail::Bucket& bucket, std::size_t place, std::size_t states, const ParamState* own) {
+    if (own == nullptr) return true;
+    if constexpr (Method::counts_steps) {
+      if (!bucket.steps[place].is_same(own->step)) return false;
+    }
+    for (std::size_t k = 0; k < states; ++k) {
+      if (!bucket.states[k][place].is_same(own->tensors[k])) return false;
     }
     return true;
   }

@@ -94,15 +94,23 @@ constexpr StrategyPrecision fsdp_precision(const PrecisionFacts& p) {
   return s;
 }
 
-/// The engine keeps 32-bit copies and scales by itself; forward sees inputs in the compute type, and no autocast.
+/// Autocast, and parameters that are gathered in what it computes in; buffers too, since operators take both in one
+/// type.
+constexpr StrategyPrecision model_parallel_precision(const PrecisionFacts& p) {
+  StrategyPrecision s = plain_precision(p);
+  if (is_mixed(p)) s.buffers = p.compute;
+  return s;
+}
+
+/// The engine keeps 32-bit copies and scales by itself; forward sees inputs, parameters and buffers in the compute
+/// type, and no autocast.
 constexpr StrategyPrecision deepspeed_precision(const PrecisionFacts& p) {
   StrategyPrecision s;
   s.init = p.parameters;
   if (!is_mixed(p)) s.module = p.parameters;
   s.input = p.compute;
   s.converts_output = true;
-  s.compute = s.reduce = p.compute;
-  s.buffers = p.parameters;
+  s.compute = s.reduce = s.buffers = p.compute;
   s.scaling = in_half_floats(p) ? GradientScaling::engine : GradientScaling::none;
   return s;
 }
@@ -126,6 +134,7 @@ constexpr StrategyPrecision xla_precision(const PrecisionFacts& p) {
   switch (strategy.family) {
     case StrategyFamily::fsdp: return detail::fsdp_precision(precision);
     case StrategyFamily::deepspeed: return detail::deepspeed_precision(precision);
+    case StrategyFamily::model_parallel: return detail::model_parallel_precision(precision);
     case StrategyFamily::single_device_xla:
     case StrategyFamily::xla:
     case StrategyFamily::xla_fsdp: return detail::xla_precision(precision);

@@ -34,6 +34,7 @@ class FlatUnit {
     Shard shard;
     std::int64_t offset = 0;   ///< Of the parameter in the buffer, in elements.
     bool arrived = false;      ///< Its gradient has come in this backward.
+    bool sent = false;         ///< It had one to send, perhaps of a backward before.
     std::int64_t version = 0;  ///< Of the parameter, which changes in place increase.
   };
 
@@ -94,7 +95,10 @@ class FlatUnit {
   [[nodiscard]] const std::vector<Slot>& slots() const { return slots_; }
   [[nodiscard]] bool trained() const { return trained_; }
   [[nodiscard]] int number() const { return number_; }
-  [[nodiscard]] const c10::StorageImpl* storage() const { return whole_.storage().unsafeGetStorageImpl(); }
+  /// Null before `fill`.
+  [[nodiscard]] const c10::StorageImpl* storage() const {
+    return whole_.defined() ? whole_.storage().unsafeGetStorageImpl() : nullptr;
+  }
   [[nodiscard]] bool frees_parameters() const { return options_.frees_parameters; }
   /// Bytes of the whole parameters, and of the gradients that each rank sends.
   [[nodiscard]] std::int64_t parameter_bytes() const {
@@ -212,6 +216,14 @@ class FlatUnit {
 
   // ---- Gradients ----
 
+  /// The gradient of slot `i` waits on this rank for others to be added to it: with all the digits with which it will
+  /// be summed over the ranks.
+  void keep_local_gradient(std::size_t i) {
+    at::Tensor& gradient = slots_[i].shard.parameter.mutable_grad();
+    if (!gradient.defined() || gradient.is_sparse()) return;
+    const auto size = static_cast<std::size_t>(gradient.element_size());
+    if (c10::elementSize(options_.reduce) > size) gradient = gradient.to(options_.reduce);
+  }
   /// Begins to sum the gradients of this rank's parameters over the ranks, and drops them. Missing ones count as zeros.
   void begin_reduce() {
     const at::NoGradGuard no_grad;
@@ -222,7 +234,8 @@ class FlatUnit {
     for (Slot& slot : slots_) {
       at::Tensor& gradient = slot.shard.parameter.mutable_grad();
       if (slot.offset > end) bucket_.narrow(0, end, slot.offset - end).zero_();
-      if (gradient.defined()) {
+      slot.sent = gradient.defined();
+      if (slot.sent) {
         refuse_sparse(slot, gradient);
         places.push_back(range(bucket_, slot).view(gradient.sizes()));
         gradients.push_back(gradient);

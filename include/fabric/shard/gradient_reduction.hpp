@@ -45,8 +45,11 @@ class GradientReduction {
       begin(*order_[next_++]);
     }
   }
-  /// The gradient of a slot has come, and stays on this rank.
-  void arrived_locally() { unaveraged_ = true; }
+  /// The gradient of slot `i` has come, and stays on this rank.
+  void arrived_locally(FlatUnit& unit, std::size_t i) {
+    unit.keep_local_gradient(i);
+    unaveraged_ = true;
+  }
 
   /// Backward is over: sums what has not been summed yet, and gives the masters their gradients. Returns whether there
   /// was one since the last call.
@@ -116,17 +119,19 @@ class GradientReduction {
     std::string names;
     for (const FlatUnit* unit : order_) {
       for (const auto& slot : unit->slots()) {
-        if (slot.arrived || !slot.shard.parameter.requires_grad()) continue;
+        const at::Tensor& parameter = slot.shard.parameter;
+        // One that no_backward_sync has kept is averaged now.
+        if (slot.arrived || parameter.mutable_grad().defined() || !parameter.requires_grad()) continue;
         names += (names.empty() ? "" : ", ") + slot.shard.name;
       }
     }
     return names;
   }
-  /// Which parameters had a part in the loss on any rank.
+  /// Which parameters had a part in the loss on any rank, in this backward or one before it under no_backward_sync.
   void find_used() {
     std::vector<std::int64_t> marks;
     for (const FlatUnit* unit : order_) {
-      for (const auto& slot : unit->slots()) marks.push_back(slot.arrived ? 1 : 0);
+      for (const auto& slot : unit->slots()) marks.push_back(slot.arrived || slot.sent ? 1 : 0);
     }
     at::Tensor all = torch::tensor(marks, at::kLong).to(world_.device);
     all = all_reduce(world_, std::move(all), ReduceOp::max).cpu();
@@ -156,7 +161,7 @@ class GradientReduction {
   /// The next backward is a new one.
   void forget() {
     for (FlatUnit* unit : order_) {
-      for (auto& slot : unit->slots()) slot.arrived = false;
+      for (auto& slot : unit->slots()) slot.arrived = slot.sent = false;
     }
     next_ = 0;
     complete_.clear();

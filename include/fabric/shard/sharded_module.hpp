@@ -106,7 +106,9 @@ class ShardedModule : private detail::UnitOwner {
     detail::fill_units(module, units_, world);
     for (at::Tensor& buffer : module.buffers()) {
       const at::NoGradGuard no_grad;
-      buffer.set_data(buffer.to(world.device, layout.buffer(buffer.scalar_type())));
+      const at::ScalarType kept = buffer.scalar_type();
+      if (kept != layout.buffer(kept)) converted_buffers_.emplace_back(buffer, kept);
+      buffer.set_data(buffer.to(world.device, layout.buffer(kept)));
     }
     // With versions of their own: a forward may have saved one that the next forward shares again.
     for (const at::Tensor& buffer : module.buffers()) buffers_.push_back(buffer.variable_data());
@@ -133,6 +135,11 @@ class ShardedModule : private detail::UnitOwner {
   /// With whom they are divided.
   [[nodiscard]] const ShardGroups& groups() const { return exchange_->groups(); }
 
+  /// The buffers that the precision has brought to another dtype, with the one that the module was made with, in which
+  /// checkpoints have them.
+  [[nodiscard]] const std::vector<std::pair<at::Tensor, at::ScalarType>>& converted_buffers() const {
+    return converted_buffers_;
+  }
   /// The masters with their names: what is clipped, and what optimizers have.
   [[nodiscard]] NamedParameters masters() const {
     NamedParameters named;
@@ -386,7 +393,7 @@ class ShardedModule : private detail::UnitOwner {
 
   void arrived(Unit& unit, std::size_t i) {
     const std::lock_guard lock(mutex_);
-    sync_gradients ? reduction_->arrived(unit, i) : reduction_->arrived_locally();
+    sync_gradients ? reduction_->arrived(unit, i) : reduction_->arrived_locally(unit, i);
   }
 
   ShardingOptions options_;
@@ -398,6 +405,7 @@ class ShardedModule : private detail::UnitOwner {
   std::vector<Shard> shards_;
   ParameterSet sliced_;  // of the masters
   std::vector<at::Tensor> buffers_;
+  std::vector<std::pair<at::Tensor, at::ScalarType>> converted_buffers_;
   bool buffers_differ_ = false;
   bool stepped_ = false;
 

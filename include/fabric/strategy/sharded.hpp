@@ -216,10 +216,19 @@ class ShardedEngine {
     throw Error("fabric: Sharding::hybrid: groups of " + std::to_string(size) + " do not divide the " +
                 std::to_string(world.size) + " ranks: set shard_group_size to a divisor");
   }
-  /// How many ranks a node has. All call this.
+  /// How many of the world's ranks, which may be some of a job's, a node has: local ranks rise from one to the next
+  /// until a node ends. All call this.
   static int local_size(const World& world) {
-    at::Tensor most = torch::tensor({static_cast<std::int64_t>(world.local_rank) + 1}).to(world.device);
-    return static_cast<int>(all_reduce(world, std::move(most), ReduceOp::max).item().toLong());
+    const at::Tensor own = torch::tensor({static_cast<std::int64_t>(world.local_rank)}).to(world.device);
+    const at::Tensor local_ranks = all_gather(world, own).flatten().cpu();
+    int most = 1;
+    int run = 1;
+    for (std::int64_t i = 1; i < world.size; ++i) {
+      const bool rises = local_ranks[i].item().toLong() > local_ranks[i - 1].item().toLong();
+      run = rises ? run + 1 : 1;
+      most = std::max(most, run);
+    }
+    return most;
   }
 
   [[nodiscard]] ShardedModule::Layout layout(const World& world, const StrategyPrecision& precision) const {
