@@ -19,12 +19,12 @@ endif()
 add_library(fabric_warnings INTERFACE)
 target_compile_options(fabric_warnings INTERFACE -Wall -Wextra -Wpedantic)
 
-# Compiles torch/torch.h once; every program on LibTorch reuses it.
+# Compiles torch/torch.h and fabric/fabric.hpp once; every program on LibTorch reuses them.
 if(FABRIC_TORCH)
   file(WRITE ${PROJECT_BINARY_DIR}/torch_header.cpp "")
   add_library(fabric_torch_header OBJECT ${PROJECT_BINARY_DIR}/torch_header.cpp)
   target_link_libraries(fabric_torch_header PRIVATE fabric::fabric fabric_warnings)
-  target_precompile_headers(fabric_torch_header PRIVATE <torch/torch.h>)
+  target_precompile_headers(fabric_torch_header PRIVATE <torch/torch.h> <fabric/fabric.hpp>)
   if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
     target_compile_options(fabric_torch_header PRIVATE -fpch-preprocess)
   endif()

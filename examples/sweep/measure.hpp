@@ -4,20 +4,13 @@
 #include <chrono>
 #include <utility>
 
-#include <fabric/fabric.hpp>
+#include <fabric/separate.hpp>
 #include <torch/torch.h>
 
 #include "menu.hpp"
 
 /// The network that is trained, the same for all entries.
-inline torch::nn::Sequential make_mlp(const Settings& settings) {
-  torch::nn::Sequential mlp;
-  for (int i = 0; i < settings.layers; ++i) {
-    mlp->push_back(torch::nn::Linear(settings.width, settings.width));
-    mlp->push_back(torch::nn::ReLU());
-  }
-  return mlp;
-}
+torch::nn::Sequential make_mlp(const Settings& settings);
 
 template <class F>
 Result measure(const Settings& settings) {

@@ -236,7 +236,8 @@ inline void divide_threads_of_launcher(const std::string& key, c10d::Store& stor
 ///
 /// Throws fabric::Error for variables that are missing or contradict the flags, and when the other ranks do not come
 /// within the timeout.
-[[nodiscard]] inline World join_world(const Selection& selection, at::Device device, const LaunchOptions& given = {}) {
+template <class = void>
+[[nodiscard]] World join_world(const Selection& selection, at::Device device, const LaunchOptions& given = {}) {
   Children::join_parent();
   const LaunchOptions options = detail::with_variables(given);
   detail::Place place = detail::find_place(selection, options.timeout);
@@ -286,7 +287,8 @@ namespace detail {
 /// Gives up this process's part in a group, in which it needs nothing more. A connection that closes may take along
 /// what the other side has not read yet: so each rank first waits for the others, but not for long, since they may be
 /// in trouble.
-inline void leave_process_group(World& world) noexcept {
+template <class = void>
+void leave_process_group(World& world) noexcept {
   if (std::uncaught_exceptions() > 0) return;  // the job is to hear the reason first
   const auto group = std::exchange(world.group, nullptr);
   Job& job = Job::of_this_process();

@@ -1,0 +1,21 @@
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+// What the sources that include fabric/separate.hpp leave to another one: this. Included by one source of a program,
+// best by one that holds nothing else.
+
+#include "fabric/separate.hpp"
+
+namespace fabric {
+
+template Selection resolve_here<detail::WholeHost>(const Flags&, const Registry&, detail::WholeHost&&);
+template World join_world<void>(const Selection&, at::Device, const LaunchOptions&);
+template class DdpModule<false>;
+template class DdpModule<true>;
+
+namespace detail {
+
+template void leave_process_group<void>(World&) noexcept;
+
+}  // namespace detail
+}  // namespace fabric
