@@ -82,6 +82,7 @@ std::string millions(const Shape& shape) {
 void compare_times(const std::string& model, bool quick, Report& report) {
   const Shape shape = shape_of(model);
   std::vector<Contestant> ours;
+  ours.reserve(timed.size());
   for (const std::string& strategy : timed) {
     ours.push_back({strategy, std::make_unique<Program>(command_for("time", strategy, model, time_devices))});
   }

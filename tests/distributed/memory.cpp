@@ -64,8 +64,9 @@ std::vector<at::Tensor> trained(F& fabric, ActivationCheckpointing setting, bool
   const auto keep = [&] {
     for (const at::Tensor& parameter : net->parameters()) all.push_back(parameter.detach().clone());
   };
-  if constexpr (requires { model.state()->with_full_parameters(keep); }) {
-    model.state()->with_full_parameters(keep);
+  const auto state = model.state();
+  if constexpr (requires { state->with_full_parameters(keep); }) {
+    state->with_full_parameters(keep);
   } else {
     keep();
   }

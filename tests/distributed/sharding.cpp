@@ -173,8 +173,9 @@ Trained train(F& fabric, const Recipe& recipe) {
     }
     for (const auto& tensor : net->buffers()) trained.tensors.push_back(tensor.detach().clone());
   };
-  if constexpr (requires { model.state()->with_full_parameters(keep); }) {
-    model.state()->with_full_parameters(keep);
+  const auto state = model.state();
+  if constexpr (requires { state->with_full_parameters(keep); }) {
+    state->with_full_parameters(keep);
   } else {
     keep();
   }

@@ -342,8 +342,9 @@ TEST_CASE("[issue-8.2] find_unused_parameters: what a backward before this one h
     const auto keep = [&] {
       for (const at::Tensor& parameter : net->parameters()) all.push_back(parameter.detach().clone());
     };
-    if constexpr (requires { model.state()->with_full_parameters(keep); }) {
-      model.state()->with_full_parameters(keep);
+    const auto state = model.state();
+    if constexpr (requires { state->with_full_parameters(keep); }) {
+      state->with_full_parameters(keep);
     } else {
       keep();
     }

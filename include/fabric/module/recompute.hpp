@@ -157,7 +157,7 @@ class Recomputation : public SavedTensors, public std::enable_shared_from_this<R
   }
 
   std::shared_ptr<Saved> run_again() {
-    const auto saved = std::make_shared<Saved>();
+    auto saved = std::make_shared<Saved>();
     {
       const Surroundings::Restored as_then(*surroundings_);
       next_argument_ = 0;
