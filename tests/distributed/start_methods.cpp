@@ -130,6 +130,7 @@ const std::map<std::string, std::function<int()>> jobs{
      }},
     {"threads",
      [] {
+       if (variable("THREADS") != "-") at::set_num_threads(std::stoi(variable("THREADS")));
        Fabric<Cpu, Ddp, F32> fabric({.devices = 2});
        fabric.launch();
        say("rank " + std::to_string(fabric.global_rank()) + " threads=" + std::to_string(at::get_num_threads()) +
@@ -245,6 +246,10 @@ TEST_CASE("[issue-6.1] local ranks share the cores, unless the user has said how
   CHECK(chosen->wait() == 0);
   CHECK(count(chosen->output(), "OMP_NUM_THREADS=3") == 2);
   CHECK_THAT(chosen->output(), !ContainsSubstring("threads=" + std::to_string(each) + " "));
+  // On four cores or more, that is not what each would get.
+  const auto fewer = threads("unset OMP_NUM_THREADS; export THREADS=1");
+  CHECK(fewer->wait() == 0);
+  CHECK(count(fewer->output(), "threads=1 ") == 2);
 }
 
 TEST_CASE("[issue-6.1] what the others print is labelled with their rank, or goes to a file for each rank") {

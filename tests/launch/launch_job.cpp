@@ -5,6 +5,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <exception>
+#include <filesystem>
 #include <fstream>
 #include <iostream>
 #include <stdexcept>
@@ -12,6 +13,7 @@
 #include <thread>
 
 #include <CLI/CLI.hpp>
+#include <fabric/checkpoint.hpp>
 #include <fabric/fabric.hpp>
 #include <torch/torch.h>
 #include <unistd.h>
@@ -25,8 +27,10 @@ struct Arguments {
   Flags flags;
   std::string job = "train";
   int rank = 0;         ///< That does something.
-  std::string counter;  ///< A file in which `count` keeps its steps.
+  std::string counter;  ///< A file in which `count` writes how many steps it has saved; the checkpoint is beside it.
   int steps = 20;
+  int setup = 0;      ///< Milliseconds for which `count` does something else before its first step.
+  bool dies = false;  ///< Rank `rank` ends before it launches, the first time that it is started.
 };
 
 void say(const std::string& text) {
@@ -52,16 +56,19 @@ double train(F& fabric, const Arguments& arguments) {
   return (net->weight.sum() + net->bias.sum()).template item<double>();
 }
 
-/// Counts steps in a file that survives the process, until there are enough or somebody asks to stop.
+/// Counts steps in a checkpoint, until there are enough or somebody asks to stop.
 template <class F>
 double count(F& fabric, const Arguments& arguments) {
   int step = 0;
-  std::ifstream(arguments.counter) >> step;
-  step = fabric.broadcast(step);
+  const std::string checkpoint = arguments.counter + ".pt";
+  if (fabric.broadcast(static_cast<int>(std::filesystem::exists(checkpoint))) != 0) {
+    fabric.load(checkpoint, {{"step", step}});
+  }
   fabric.print("begins at step ", step);
+  std::this_thread::sleep_for(std::chrono::milliseconds(arguments.setup));
   const auto save = [&] {
+    fabric.save(checkpoint, {{"step", step}});
     if (fabric.is_global_zero()) std::ofstream(arguments.counter) << step;
-    fabric.barrier();
   };
   while (step < arguments.steps) {
     std::this_thread::sleep_for(std::chrono::milliseconds(20));
@@ -76,6 +83,15 @@ double count(F& fabric, const Arguments& arguments) {
   }
   save();
   return step;
+}
+
+/// Ends a process that torchrun has started as that rank, unless it is a second attempt.
+void die_once(const Arguments& arguments) {
+  const char* rank = std::getenv("RANK");
+  const char* attempt = std::getenv("TORCHELASTIC_RESTART_COUNT");
+  if (rank == nullptr || attempt == nullptr || std::stoi(rank) != arguments.rank || std::stoi(attempt) != 0) return;
+  say("rank " + std::string(rank) + " dies before it launches");
+  std::exit(3);
 }
 
 template <class F>
@@ -103,7 +119,11 @@ int main(int argc, char** argv) try {
   app.add_option("--rank", arguments.rank);
   app.add_option("--counter", arguments.counter);
   app.add_option("--steps", arguments.steps);
+  app.add_option("--setup", arguments.setup);
+  app.add_flag("--dies", arguments.dies);
   CLI11_PARSE(app, argc, argv);
+  (void)stop_was_requested();  // from here on, nobody is surprised by a signal
+  if (arguments.dies) die_once(arguments);
   dispatch<Jobs>(arguments.flags, [&](auto& fabric) {
     const double result = fabric.launch([&](auto& on) { return run(on, arguments); });
     if (fabric.is_global_zero()) std::printf("result=%.6f\n", result);

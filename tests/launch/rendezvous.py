@@ -98,7 +98,7 @@ def test_loopback_interface_between_hosts():
     """A rank that comes from another host, which here only says so, and would listen on its own loopback interface."""
     port = free_port()
     zero = rank(0, port, FABRIC_RUN_ID="hosts")
-    text = "hosts\nelsewhere\nnode7\n127.0.0.1\nGLOO_SOCKET_IFNAME=lo\n1 2 4711".encode()
+    text = "hosts\nelsewhere\nnode7\n127.0.0.1\nGLOO_SOCKET_IFNAME=lo\n1 2 4711 0".encode()
     deadline = time.monotonic() + 30
     while True:
         try:
@@ -120,6 +120,15 @@ def test_loopback_address_on_another_node():
     assert "MASTER_ADDR 127.0.0.1 is this host itself" in running.text, running.text
 
 
+def test_rank_that_does_not_come():
+    """Rank 0 says whom it waits for, and goes on when they are there."""
+    port = free_port()
+    zero = rank(0, port, 3)
+    one = rank(1, port, 3)
+    zero.wait_for("still waits, of 3 ranks, for these: 2", 30)
+    check_trained(zero, one, rank(2, port, 3))
+
+
 def test_kubeflow():
     port = free_port()
     check_trained(*[Running([job, *flags(1, 2), "--environment", "kubeflow"],
@@ -136,9 +145,6 @@ def test_lsf():
 
 lsf_job = str(time.time_ns() % 1_000_000)
 failures = []
-slow = threading.Thread(target=lambda: run(test_loopback_address_on_another_node))  # it waits most of the time
-
-
 def run(test):
     start = time.monotonic()
     try:
@@ -149,9 +155,13 @@ def run(test):
         print(f"{test.__name__}: {error!r}", flush=True)
 
 
-slow.start()
+waiting = [test_loopback_address_on_another_node, test_rank_that_does_not_come]  # most of the time
+slow = [threading.Thread(target=run, args=[test]) for test in waiting]
+for thread in slow:
+    thread.start()
 for name, test in list(globals().items()):
-    if name.startswith("test_") and test is not test_loopback_address_on_another_node:
+    if name.startswith("test_") and test not in waiting:
         run(test)
-slow.join()
+for thread in slow:
+    thread.join()
 assert not failures, failures

@@ -66,29 +66,27 @@ def check_torchrun_in_allocation(folder):
 
 
 def check_preemption(folder):
-    """The ranks save and leave together when the job is signalled, and go on where they were once it is requeued."""
-    counter, output, script = (os.path.join(folder, name) for name in ("counter", "output", "script"))
+    """By the recipe of docs/launch.md: the ranks save and leave together when the job is signalled, and go on where they
+    were once it is requeued."""
+    counter, output, script, train = (os.path.join(folder, name) for name in ("counter", "output", "script", "train"))
     steps = 400
+    with open(os.path.join(root, "docs", "launch.md")) as page:
+        recipe = re.search(r"```sh\n# recipe: sbatch\n(.*?)```", page.read(), re.S).group(1)
     with open(script, "w") as file:
-        command = " ".join([job, *Srun().flags("--job", "count", "--counter", counter, "--steps", str(steps))])
-        file.write(f"""#!/bin/sh
-#SBATCH --nodes=2 --ntasks-per-node=2 --requeue --open-mode=append --output={output}
-trap '' USR1 # for the tasks
-srun {command}
-code=$?
-echo "the step ended with $code"
-[ $code = 75 ] && scontrol requeue $SLURM_JOB_ID
-exit $code
-""")
-    submitted = subprocess.run(["sbatch", "--parsable", script], env=environment(**here), cwd=folder,
+        file.write(recipe)
+    with open(train, "w") as file:
+        file.write(f'#!/bin/sh\nexec {job} --job count --counter {counter} --steps {steps} "$@"\n')
+    os.chmod(train, 0o755)
+    submitted = subprocess.run(["sbatch", "--parsable", "--output=" + output, script], env=environment(**here), cwd=folder,
                                stdout=subprocess.PIPE, text=True, check=True)
     number = submitted.stdout.strip()
-    wait_until(lambda: re.search(r"\d", read(counter)))
+    wait_until(lambda: re.search(r"begins at step 0\n", read(output)))
     slurm_says("scancel", "--signal=USR1", number)
-    wait_until(lambda: "the step ended with 75" in read(output))
+    wait_until(lambda: len(re.findall(r"rank \d stops after step \d+", read(output))) == 4)
     first = read(output)
     stops = re.findall(r"rank \d stops after step (\d+)", first)
-    assert len(stops) == 4 and len(set(stops)) == 1, first
+    assert len(set(stops)) == 1, first
+    wait_until(lambda: "Restarts=1" in slurm_says("scontrol", "show", "job", number))
     # Slurm lets a job rest for two minutes before it begins again: not here. Begun before its old steps are gone from the
     # nodes, it may fail there without having run: that is Slurm's, and then it is put back once more.
     patience = time.monotonic() + 20

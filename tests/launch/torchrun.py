@@ -46,15 +46,15 @@ class Torchrun(Launcher):
         assert running.text.count("result=") == 1, running.text
 
     def port_in_use(self):
-        """The one that it would take: it finds another."""
+        """One that is named is the agent's, which says that it is taken; its store tells ranks of another that is free."""
         with socket.socket() as taken:
-            taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                taken.bind(("0.0.0.0", 29500))
-                taken.listen()
-            except OSError:
-                pass  # by somebody else, which is as good
-            self.check_trained(self.start(["--job", "train"]))
+            taken.bind(("0.0.0.0", 0))
+            taken.listen()
+            port = str(taken.getsockname()[1])
+            running = Running([python, "-m", "torch.distributed.run", "--no-python", "--nproc-per-node", "2",
+                               "--master-addr", "127.0.0.1", "--master-port", port, job, *self.flags("--job", "train")])
+            assert running.wait(60) != 0, running.text
+            assert "EADDRINUSE" in running.text and port in running.text, running.text
 
 
 def check_restart():
@@ -74,5 +74,15 @@ def check_restart():
         assert len(re.findall(r"rank 1 is process \d+", running.text)) == 2, running.text
 
 
+def check_restart_before_launch():
+    """A worker ends before it launches, while another node's waits for it: that node's agent starts its own again without
+    counting a failure, so that the agents disagree on the number of the attempt."""
+    running = agents(2, ["--job", "train", "--dies", "--rank", "1"], restarts=1)
+    assert running.wait(120) == 0, running.text
+    assert "rank 1 dies before it launches" in running.text, running.text
+    assert running.text.count("result=") == 1, running.text
+
+
 check_restart()
+check_restart_before_launch()
 Torchrun().check()

@@ -30,12 +30,13 @@ struct Hello {
   std::string network{};  ///< Equal for processes that share a loopback interface.
   std::string host{};
   std::string device{};     ///< The address at which it will listen for the others' tensors; empty: not known yet.
-  std::string chosen_by{};  ///< "GLOO_SOCKET_IFNAME=lo", if a variable says so.
+  std::string chosen_by{};  ///< "GLOO_SOCKET_IFNAME=lo", if a variable says so. Then
+  int listens_at = 0;       ///< it listens at this port for others who try that address; 0: nowhere.
 
   [[nodiscard]] std::string text() const {
     std::ostringstream out;
     for (const std::string* each : {&run, &network, &host, &device, &chosen_by}) out << *each << '\n';
-    out << rank << ' ' << size << ' ' << pid;
+    out << rank << ' ' << size << ' ' << pid << ' ' << listens_at;
     return out.str();
   }
   static std::optional<Hello> from(const std::string& text) {
@@ -44,15 +45,29 @@ struct Hello {
     for (std::string* each : {&hello.run, &hello.network, &hello.host, &hello.device, &hello.chosen_by}) {
       if (!std::getline(in, *each)) return std::nullopt;
     }
-    if (!(in >> hello.rank >> hello.size >> hello.pid)) return std::nullopt;
+    if (!(in >> hello.rank >> hello.size >> hello.pid >> hello.listens_at)) return std::nullopt;
     return hello;
+  }
+
+  /// Can the other process, on another host, be reached where it will listen? If not, why.
+  [[nodiscard]] static std::string why_unreachable(const Hello& other, int port) {
+    bool reached = !is_loopback(other.device);
+    if (reached && port != 0) {
+      constexpr int patience = 3000;
+      const Link link = connect_to(other.device, port, patience);
+      // An address that this host has itself, as that of a bridge for containers, leads nowhere else.
+      reached = link.open() && address_of(link.fd()) != other.device;
+    }
+    if (reached) return {};
+    return "rank " + std::to_string(other.rank) + " on " + other.host + " would listen on " + other.device +
+           ", where other hosts cannot reach it, because of " + other.chosen_by +
+           ": unset it, or name the interface that connects the hosts";
   }
 };
 
 /// What the hub is to know.
 struct HubOptions {
-  std::string run;
-  int size = 1;
+  Hello own;  ///< Rank 0's.
   int store_port = 0;
   std::chrono::milliseconds timeout{};  ///< For all to come.
   bool has_children = false;            ///< Somebody will tell how exactly a child ended.
@@ -65,8 +80,10 @@ struct HubOptions {
 class Hub {
  public:
   Hub(int listener, HubOptions options)
-      : listener_(listener), options_(std::move(options)), members_(static_cast<std::size_t>(options_.size)) {
+      : listener_(listener), options_(std::move(options)), members_(static_cast<std::size_t>(options_.own.size)) {
     complete_by_ = Clock::now() + options_.timeout;
+    constexpr auto patience = std::chrono::seconds(15);
+    remind_at_ = Clock::now() + patience;
   }
 
   /// A connection for this process itself. To be called before `run`.
@@ -102,6 +119,7 @@ class Hub {
       // Whoever connects and says nothing is none of ours.
       std::erase_if(strangers_, [](const Stranger& s) { return Clock::now() - s.since > std::chrono::seconds(10); });
       if (!complete_ && Clock::now() > complete_by_) give_up();
+      if (!complete_ && Clock::now() > remind_at_) remind();
       if (decide_at_ && Clock::now() >= *decide_at_) decide();
     }
   }
@@ -136,7 +154,7 @@ class Hub {
     strangers_.erase(strangers_.begin() + static_cast<std::ptrdiff_t>(index));
     const auto hello = message && message->kind == Message::hello ? Hello::from(message->text) : std::nullopt;
     if (!hello) return;
-    if (hello->run != options_.run) {
+    if (hello->run != options_.own.run) {
       taken.send({.kind = Message::other_run});
       return;
     }
@@ -150,16 +168,16 @@ class Hub {
     member.link = std::move(taken);
     member.hello = *hello;
     member.state = State::present;
-    member.link.send({.kind = Message::accepted});
+    member.link.send({.kind = Message::accepted, .text = options_.own.text()});
     const auto here = [](const Member& each) { return each.state != State::absent; };
     if (std::all_of(members_.begin(), members_.end(), here)) complete();
   }
 
   [[nodiscard]] std::string why_not(const Hello& hello) const {
     const std::string who = "process " + std::to_string(hello.pid) + " on " + hello.host;
-    if (hello.size != options_.size) {
+    if (hello.size != options_.own.size) {
       return who + " takes part in a job of " + std::to_string(hello.size) + " processes, but rank 0 in one of " +
-             std::to_string(options_.size) + ": start all with the same options";
+             std::to_string(options_.own.size) + ": start all with the same options";
     }
     if (hello.rank < 0 || hello.rank >= hello.size) {
       return who + " says that it is rank " + std::to_string(hello.rank) + " of " + std::to_string(hello.size);
@@ -184,13 +202,17 @@ class Hub {
       own_address = address_of(member.link.fd());  // by which somebody else reached this host
     }
     for (const Member& member : members_) {
-      if (!several_hosts || !is_loopback(member.hello.device)) continue;
-      return refuse_all("rank " + std::to_string(member.hello.rank) + " on " + member.hello.host + " would listen on " +
-                        member.hello.device + ", where other hosts cannot reach it, because of " +
-                        member.hello.chosen_by + ": unset it, or name the interface that connects the hosts");
+      if (!several_hosts || member.hello.chosen_by.empty()) continue;
+      // Of those beside rank 0, only a loopback address is known not to be reached.
+      const bool beside = member.hello.network == first.network;
+      const std::string reason = Hello::why_unreachable(member.hello, beside ? 0 : member.hello.listens_at);
+      if (!reason.empty()) return refuse_all(reason);
     }
     for (const Member& member : members_) {
-      member.link.send({.kind = Message::welcome, .number = options_.store_port, .text = own_address});
+      // Those beside rank 0 may know it by a loopback address only.
+      const bool beside = member.hello.network == first.network;
+      member.link.send(
+          {.kind = Message::welcome, .number = options_.store_port, .text = beside ? own_address : std::string()});
     }
   }
 
@@ -201,14 +223,25 @@ class Hub {
     ended_ = true;
   }
 
-  void give_up() {
-    complete_ = true;  // or as good as
+  [[nodiscard]] std::string missing() const {
     std::string missing;
     for (std::size_t i = 0; i < members_.size(); ++i) {
       if (members_[i].state == State::absent) missing += (missing.empty() ? "" : ", ") + std::to_string(i);
     }
-    refuse_all("of " + std::to_string(options_.size) + " ranks these have not come within " +
-               std::to_string(options_.timeout.count() / 1000) + " s: " + missing);
+    return missing;
+  }
+
+  void remind() {
+    remind_at_ = Clock::time_point::max();
+    const std::string text = "fabric: launch: rank 0 on " + options_.own.host + " still waits, of " +
+                             std::to_string(options_.own.size) + " ranks, for these: " + missing() + "\n";
+    (void)!write(STDERR_FILENO, text.data(), text.size());
+  }
+
+  void give_up() {
+    complete_ = true;  // or as good as
+    refuse_all("of " + std::to_string(options_.own.size) + " ranks these have not come within " +
+               std::to_string(options_.timeout.count() / 1000) + " s: " + missing());
   }
 
   void hear(int rank) {
@@ -268,9 +301,9 @@ class Hub {
     if (std::exchange(ended_, true)) return;
     auto guilty = std::find_if(suspects_.begin(), suspects_.end(), [](const Suspect& s) { return s.died; });
     if (guilty == suspects_.end()) guilty = suspects_.begin();
-    const bool known = guilty->rank >= 0 && guilty->rank < options_.size;
+    const bool known = guilty->rank >= 0 && guilty->rank < options_.own.size;
     const Hello who = known ? members_[static_cast<std::size_t>(guilty->rank)].hello : Hello{};
-    std::string text = "fabric: rank " + std::to_string(guilty->rank) + " of " + std::to_string(options_.size);
+    std::string text = "fabric: rank " + std::to_string(guilty->rank) + " of " + std::to_string(options_.own.size);
     if (who.pid != 0) text += " (process " + std::to_string(who.pid) + " on " + who.host + ")";
     text += (guilty->died ? " " : " failed: ") + guilty->reason + "\nfabric: ending the other processes of this job\n";
     if (options_.output >= 0) (void)!write(options_.output, text.data(), text.size());
@@ -306,6 +339,7 @@ class Hub {
   std::vector<Stranger> strangers_;
   std::vector<Suspect> suspects_;
   Clock::time_point complete_by_;
+  Clock::time_point remind_at_;
   std::optional<Clock::time_point> decide_at_;
   bool complete_ = false;
   bool ended_ = false;

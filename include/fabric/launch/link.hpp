@@ -209,6 +209,7 @@ inline int listen_on(const std::string& address, int port) {
       v4->sin_family = AF_INET;
       v4->sin_port = htons(static_cast<std::uint16_t>(port));
       v4->sin_addr.s_addr = htonl(local ? INADDR_LOOPBACK : INADDR_ANY);
+      if (local) inet_pton(AF_INET, address.c_str(), &v4->sin_addr);  // Debian's hosts have a 127.0.1.1, too
     }
     if (bind(fd, reinterpret_cast<sockaddr*>(&where), size) == 0 && listen(fd, SOMAXCONN) == 0) return fd;
     const int error = errno;

@@ -34,6 +34,27 @@ struct Meeting {
   std::chrono::milliseconds timeout{};
 };
 
+/// The process that started this one; 0 where that cannot be known.
+inline int parent_of(int process) {
+  std::ifstream file("/proc/" + std::to_string(process) + "/stat");
+  std::string text;
+  std::getline(file, text);
+  const auto end = text.rfind(") ");  // of the program's name
+  return end == std::string::npos || end + 4 >= text.size() ? 0 : std::atoi(text.c_str() + end + 4);
+}
+
+/// MPICH's processes get no name of their job, but all of them descend from proxies of the same mpiexec, to which these
+/// are told how to connect. Empty without such an ancestor.
+inline std::string mpich_control_port() {
+  for (int process = getppid(); process > 1; process = parent_of(process)) {
+    std::ifstream ancestor("/proc/" + std::to_string(process) + "/cmdline", std::ios::binary);
+    for (std::string word; std::getline(ancestor, word, '\0');) {
+      if (word == "--control-port" && std::getline(ancestor, word, '\0')) return word;
+    }
+  }
+  return {};
+}
+
 /// What tells this job from others that may run on the same hosts, equal on all its ranks: from the launcher's
 /// variables.
 inline std::string run_identity(EnvironmentKind kind, const Variables& variables) {
@@ -42,16 +63,14 @@ inline std::string run_identity(EnvironmentKind kind, const Variables& variables
     for (const std::string_view name : names) run.append("/").append(variables.get(name));
   };
   switch (kind) {
-    case EnvironmentKind::torchelastic: add({"TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT"}); break;
+    // Not its TORCHELASTIC_RESTART_COUNT: each agent counts the failures of its own processes.
+    case EnvironmentKind::torchelastic: add({"TORCHELASTIC_RUN_ID"}); break;
     case EnvironmentKind::slurm: add({"SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_RESTART_COUNT"}); break;
     case EnvironmentKind::lsf: add({"LSB_JOBID"}); break;
     case EnvironmentKind::mpi: {
       add({"PMIX_NAMESPACE", "OMPI_MCA_ess_base_jobid"});
-      // MPICH's processes get no name of their job, but all of them have a proxy of the same mpiexec for a parent.
-      std::ifstream parent("/proc/" + std::to_string(getppid()) + "/cmdline", std::ios::binary);
-      for (std::string word; std::getline(parent, word, '\0');) {
-        if (word == "--control-port" && std::getline(parent, word, '\0')) run.append("/").append(word);
-      }
+      const std::string port = mpich_control_port();
+      if (!port.empty()) run.append("/").append(port);
       break;
     }
     default: break;
@@ -86,7 +105,14 @@ inline Link greet(const Meeting& meeting, int port, Hello hello, std::string& an
   if (hello.device.empty() && hello.rank != 0) hello.device = address_of(link.fd());
   link.send({.kind = Message::hello, .text = hello.text()});
   const auto reply = link.wait(Clock::now() + std::chrono::milliseconds(patience));
-  if (reply && reply->kind == Message::accepted) return link;
+  if (reply && reply->kind == Message::accepted) {
+    const auto first = Hello::from(reply->text);
+    if (!first || first->chosen_by.empty() || first->network == hello.network) return link;
+    const std::string reason = Hello::why_unreachable(*first, port);
+    if (reason.empty()) return link;
+    link.send({Message::failed, hello.rank, 1, reason});
+    throw Error("fabric: launch: " + reason);
+  }
   if (reply && reply->kind == Message::refused) throw Error("fabric: launch: " + reply->text);
   answer = reply && reply->kind == Message::other_run ? "another job meets there" : "another program is there";
   return {};
@@ -112,15 +138,17 @@ inline int take_port(const Meeting& meeting, const Hello& hello) {
               ", by another job or program: unset MASTER_PORT to have a free one chosen, or name another");
 }
 
-/// The other ranks look for rank 0, which may come later than they. Throws fabric::Error when they do not find it
-/// within the timeout, or when somebody else is where it should be.
-inline Link find_rank_0(const Meeting& meeting, const Hello& hello, int node_rank) {
+/// The other ranks look for rank 0, which may come later than they. `look_up()` is called before each attempt, and may
+/// correct where to look and for whom. Throws fabric::Error when they do not find it within the timeout, or when
+/// somebody else is where it should be.
+template <class LookUp>
+Link find_rank_0(const Meeting& meeting, const Hello& hello, int node_rank, LookUp&& look_up) {
   const auto start = Clock::now();
-  const std::string where = meeting.address + ":" + std::to_string(meeting.ports.front());
   bool told = false;
   Clock::time_point others_since{};
   for (auto pause = std::chrono::milliseconds(10);; pause = std::min(2 * pause, std::chrono::milliseconds(200))) {
-    std::string answer;
+    look_up();
+    std::string answer = meeting.ports.empty() ? "it has not said where it listens" : "";
     bool others = false;
     for (const int port : meeting.ports) {
       std::string why;
@@ -129,8 +157,10 @@ inline Link find_rank_0(const Meeting& meeting, const Hello& hello, int node_ran
       if (answer.empty() || others) answer = why;
     }
     const auto now = Clock::now();
+    const std::string port = meeting.ports.empty() ? "" : ":" + std::to_string(meeting.ports.front());
     const std::string failure = "fabric: launch: rank " + std::to_string(hello.rank) + " on " + hello.host +
-                                " finds no rank 0 at " + where + " (MASTER_ADDR, MASTER_PORT): " + answer;
+                                " finds no rank 0 at " + meeting.address + port +
+                                " (MASTER_ADDR, MASTER_PORT): " + answer;
     if (!others) others_since = {};
     if (others && others_since == Clock::time_point{}) others_since = now;
     if (others && meeting.fixed && now - others_since > std::chrono::seconds(8)) throw Error(failure);

@@ -3,6 +3,7 @@
 
 #include <cerrno>
 #include <chrono>
+#include <cstddef>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -39,7 +40,10 @@ inline LaunchOptions with_variables(LaunchOptions options) {
 
 /// Sends this process's output to the rank's file. Returns a descriptor of what was standard error before.
 inline int write_own_log(const std::string& folder, int rank) {
-  mkdir(folder.c_str(), 0777);
+  for (std::size_t end = 0; end != std::string::npos;) {
+    end = folder.find('/', end + 1);
+    mkdir(folder.substr(0, end).c_str(), 0777);  // what is wrong with it is said below
+  }
   const std::string path = folder + "/rank_" + std::to_string(rank) + ".log";
   const int file = open(path.c_str(), O_WRONLY | O_CREAT | O_APPEND | O_CLOEXEC, 0666);
   if (file < 0) throw Error("fabric: launch: log_dir " + folder + ": " + path + ": " + std::strerror(errno));

@@ -5,6 +5,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <exception>
+#include <sstream>
 #include <string>
 #include <string_view>
 #include <type_traits>
@@ -34,6 +35,11 @@ template <class T>
 T value_or_throw(const Expected<T>& expected) {
   if (!expected) throw Error(message(expected.problem));
   return expected.value;
+}
+
+/// Of this process, at this time.
+inline std::string unique_identity() {
+  return std::to_string(getpid()) + "-" + std::to_string(std::chrono::system_clock::now().time_since_epoch().count());
 }
 
 /// This process's place in its job, and where the job meets.
@@ -102,10 +108,7 @@ inline Place find_place(const Selection& selection, std::chrono::milliseconds ti
   meeting.ports = derived ? candidate_ports(port, meeting.run) : std::vector<int>{port};
   meeting.fixed = !derived && port != 0;
   place.agent_serves = variables.get("TORCHELASTIC_USE_AGENT_STORE") == "True";
-  if (!place.external && selection.num_nodes == 1 && meeting.run.empty()) {
-    const auto now = std::chrono::system_clock::now().time_since_epoch().count();
-    meeting.run = std::to_string(getpid()) + "-" + std::to_string(now);
-  }
+  if (!place.external && selection.num_nodes == 1 && meeting.run.empty()) meeting.run = unique_identity();
   return place;
 }
 
@@ -170,9 +173,12 @@ inline std::string come_together(Place& place, const LaunchOptions& options, int
     hello.device = address_of_interface(interface);
     hello.chosen_by = std::string("GLOO_SOCKET_IFNAME=") + interface;
   }
-  // An elastic agent's store outlives the processes that it starts again.
-  const std::string key = "fabric/" + meeting.run + "/port";
-  if (place.agent_serves) job.store = open_store(meeting, meeting.ports.front(), false);
+  // An elastic agent's store outlives the processes that it starts again: each attempt has an identity of its own.
+  const std::string key = "fabric/" + meeting.run + "/rank_0";
+  if (place.agent_serves) {
+    job.store = open_store(meeting, meeting.ports.front(), false);
+    if (first) hello.run = meeting.run += "/" + unique_identity();
+  }
   int port = meeting.ports.front();
   if (first) {
     const Upbringing& mine = Upbringing::of_this_process();
@@ -182,26 +188,35 @@ inline std::string come_together(Place& place, const LaunchOptions& options, int
     port = port_of(listener);
     if (!place.agent_serves) job.store = open_store(meeting, 0, true);
     const auto* served = dynamic_cast<const c10d::TCPStore*>(job.store.get());
-    job.serve(listener, {.run = meeting.run,
-                         .size = world.size,
+    job.serve(listener, {.own = hello,
                          .store_port = served->getPort(),
                          .timeout = meeting.timeout,
                          .has_children = !place.external && place.local_size > 1,
                          .output = mine.reason >= 0 ? mine.reason : console});
-    if (place.agent_serves) job.store->set(key, std::to_string(port));
+    if (place.agent_serves) job.store->set(key, std::to_string(port) + " " + meeting.run);
   }
   if (!place.external && place.local_size > 1) start_children(place, port, options.log_dir.empty());
+  int tried = -1;
   if (!first) {
-    if (place.agent_serves) {
-      port = std::stoi(job.store->get_to_str(key));
-      meeting.ports = {port};
-      meeting.fixed = true;
+    if (!hello.chosen_by.empty()) {
+      tried = listen_on({}, 0);
+      hello.listens_at = tried < 0 ? 0 : port_of(tried);
     }
-    job.connect(find_rank_0(meeting, hello, world.node_rank));
+    if (place.agent_serves) meeting.ports.clear();
+    job.connect(find_rank_0(meeting, hello, world.node_rank, [&] {
+      if (!place.agent_serves || !job.store->check({key})) return;
+      // What an earlier attempt has left there is replaced when rank 0 is back.
+      std::istringstream said(job.store->get_to_str(key));
+      (said >> port).ignore(1);
+      std::getline(said, meeting.run);
+      meeting.ports = {port};
+      hello.run = meeting.run;
+    }));
   }
   const Message welcome = job.join(hello, world.local_rank, !first);
+  if (tried >= 0) close(tried);
   if (!first && !place.agent_serves) job.store = open_store(meeting, welcome.number, false);
-  return first ? welcome.text : job.own_address();
+  return welcome.text.empty() ? job.own_address() : welcome.text;
 }
 
 /// Starts all ranks of this node and waits for them. Throws fabric::Error where that cannot be.
