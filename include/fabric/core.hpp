@@ -279,6 +279,7 @@ class Fabric {
 
   /// While the result lives, forward and backward of `model` keep gradients local, to accumulate over several batches
   /// without communication. `enabled` false changes nothing: `auto guard = fabric.no_backward_sync(model, i % 4 != 3)`.
+  /// Both belong inside: under `Ddp`, as in PyTorch, a backward whose forward ran outside averages all the same.
   template <class M>
   [[nodiscard]] auto no_backward_sync(const FabricModule<M, Engine, Plugin>& model, bool enabled = true) {
     return engine_.no_backward_sync(*model.state(), enabled);

@@ -59,6 +59,16 @@ TEST_CASE("[issue-3.3] all_reduce takes views and tensors in the graph, and give
   });
 }
 
+TEST_CASE("[issue-3.3] numbers are reduced in 64 bits") {
+  on_ranks<F32>([](auto& fabric) {
+    const double tenth = 0.1;
+    const std::int64_t odd = (std::int64_t{1} << 60) + 1;
+    REQUIRE(fabric.all_reduce(tenth, ReduceOp::max) == tenth);
+    REQUIRE(fabric.all_reduce(16777217.0, ReduceOp::max) == 16777217.0);
+    REQUIRE(fabric.all_reduce(odd, ReduceOp::max) == odd);
+  });
+}
+
 TEST_CASE("[issue-3.3] the mean of integers is refused before anything is sent") {
   on_ranks<F32>([](auto& fabric) {
     REQUIRE_THROWS_WITH(fabric.all_reduce(mine(0, at::kLong)),

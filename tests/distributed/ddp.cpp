@@ -304,6 +304,61 @@ TEST_CASE("[issue-3.3] several forwards before one backward, and methods marked 
   });
 }
 
+TEST_CASE("[issue-3.6] an optimizer that goes by the loss goes by that of all ranks") {
+  const DoubleOutputs doubles;
+  constexpr int evaluations = 5;
+  const auto make = [](const std::vector<at::Tensor>& parameters) {
+    return torch::optim::LBFGS(parameters,
+                               torch::optim::LBFGSOptions(1).max_iter(evaluations).line_search_fn("strong_wolfe"));
+  };
+  on_ranks<F64>([&](auto& fabric) {
+    Net net = make_net();
+    net->to(torch::kDouble);
+    auto [model, optimizer] = fabric.setup(net, make(net->parameters()));
+    Net joined = make_net();
+    joined->to(torch::kDouble);
+    auto by_hand = make(joined->parameters());
+    for (int step = 0; step < steps; ++step) {
+      const auto [x, y] = own_batch(fabric, step);
+      const at::Tensor loss = optimizer.step([&, &model = model, &optimizer = optimizer, &x = x, &y = y] {
+        optimizer.zero_grad();
+        const at::Tensor own = torch::mse_loss(model(x), y);
+        fabric.backward(own);
+        return own;
+      });
+      const auto [all_x, all_y] = joined_batch(step, fabric.world_size());
+      const at::Tensor joined_loss = by_hand.step([&, &all_x = all_x, &all_y = all_y] {
+        by_hand.zero_grad();
+        const at::Tensor loss = torch::mse_loss(joined(all_x), all_y);
+        loss.backward();
+        return loss;
+      });
+      REQUIRE(distance(loss, joined_loss) < 1e-9);
+    }
+    REQUIRE(distance(net->parameters(), joined->parameters()) < 1e-9);
+    for (const auto& parameter : net->parameters()) REQUIRE(same_on_all_ranks(fabric.world(), parameter));
+  });
+}
+
+TEST_CASE("[issue-3.4] bf16-true under Ddp: 16-bit parameters that are the same on every rank, and learn") {
+  on_ranks<BF16>([](auto& fabric) {
+    Net net = make_net(fabric.is_global_zero() ? 11 : 99);
+    auto [model, optimizer] = fabric.setup(net, torch::optim::Adam(net->parameters(), 0.02));
+    const auto [x, y] = own_batch(fabric, 0);
+    const auto loss_now = [&, &model = model, &x = x, &y = y] { return torch::mse_loss(model(x), y.to(at::kFloat)); };
+    const double before = loss_now().template item<double>();
+    for (int step = 0; step < 60; ++step) {
+      optimizer.zero_grad();
+      fabric.backward(loss_now());
+      optimizer.step();
+    }
+    REQUIRE(loss_now().template item<double>() < before / 2);
+    REQUIRE(net->first->weight.scalar_type() == torch::kBFloat16);
+    REQUIRE(net->first->weight.grad().scalar_type() == torch::kBFloat16);
+    for (const auto& parameter : net->parameters()) REQUIRE(same_on_all_ranks(fabric.world(), parameter));
+  });
+}
+
 TEST_CASE("[issue-3.4] bf16-mixed under Ddp: float parameters that are the same on every rank, and learn") {
   on_ranks<BF16Mixed>([](auto& fabric) {
     Net net = make_net();

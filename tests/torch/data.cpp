@@ -159,6 +159,25 @@ TEST_CASE("[issue-3.6] a loader deals batches, each epoch in an order of its own
   CHECK(targets(loader) == rows_of(10, {.shuffle = true, .seed = 0}, 1));
 }
 
+TEST_CASE("[issue-3.6] a loop inside another is an epoch of its own, and leaves the outer one as it is") {
+  Fabric<Cpu, SingleDevice, F32> fabric;
+  for (const std::size_t workers : {0U, 2U}) {
+    auto loader =
+        fabric.setup_dataloader(stacked(10), {.batch_size = 4, .shuffle = true, .seed = 0, .workers = workers});
+    Rows outer;
+    std::vector<Rows> inner;
+    for (auto& batch : loader) {
+      inner.push_back(targets(loader));
+      for (std::int64_t i = 0; i < batch.target.size(0); ++i) {
+        outer.push_back(static_cast<std::size_t>(batch.target[i].item<std::int64_t>()));
+      }
+    }
+    const Shares shares{.shuffle = true, .seed = 0};
+    CHECK(outer == rows_of(10, shares, 0));
+    CHECK(inner == std::vector<Rows>{rows_of(10, shares, 1), rows_of(10, shares, 2), rows_of(10, shares, 3)});
+  }
+}
+
 TEST_CASE("[issue-3.6] not shuffled means in order, in every epoch") {
   Fabric<Cpu, SingleDevice, F32> fabric;
   auto loader = fabric.setup_dataloader(stacked(5), {.batch_size = 2});

@@ -238,6 +238,19 @@ TEST_CASE("[issue-7.6] what a stream cannot do is refused, all of it at once") {
                         ContainsSubstring("drop_last") && ContainsSubstring("workers is 2"));
 }
 
+TEST_CASE("[issue-7.6] a loop over a stream that another one interrupts cannot go on, and says so") {
+  OnCpu fabric;
+  for (const std::size_t workers : {0U, 1U}) {
+    auto loader = fabric.setup_dataloader(stacked(Counting(12)), {.batch_size = 4, .workers = workers});
+    std::vector<Rows> inner;
+    const auto nested = [&] {
+      for ([[maybe_unused]] auto& batch : loader) inner = epoch_of(loader);
+    };
+    CHECK_THROWS_WITH(nested(), ContainsSubstring("another loop over this stream has begun inside this one"));
+    CHECK(inner == std::vector<Rows>{{1000, 1001, 1002, 1003}, {1004, 1005, 1006, 1007}, {1008, 1009, 1010, 1011}});
+  }
+}
+
 TEST_CASE("[issue-7.6] what a stream's data set throws reaches the loop with its text, after the batches before") {
   OnCpu fabric;
   for (const std::size_t workers : {0U, 1U}) {

@@ -203,6 +203,30 @@ TEST_CASE("[issue-3.6] an optimizer that evaluates the loss itself takes a closu
   CHECK(closure().item<double>() < before / 10);
 }
 
+TEST_CASE("[issue-3.3] Ddp with one process: the numbers of a single device, and collectives of one rank") {
+  const auto train = [](auto& fabric) {
+    torch::manual_seed(3);
+    Net net;
+    auto [model, optimizer] = fabric.setup(net, torch::optim::SGD(net->parameters(), 0.1));
+    for (int step = 0; step < 3; ++step) {
+      optimizer.zero_grad();
+      fabric.backward((model(input()) - 1).pow(2).mean());
+      optimizer.step();
+    }
+    return net->parameters();
+  };
+  OnCpu single;
+  const auto expected = train(single);
+  Fabric<Cpu, Ddp, F32> fabric({.devices = 1});
+  fabric.launch();
+  const auto parameters = train(fabric);
+  for (std::size_t i = 0; i < parameters.size(); ++i) CHECK(parameters[i].equal(expected[i]));
+  CHECK(fabric.world_size() == 1);
+  CHECK(fabric.all_reduce(torch::ones({2}), ReduceOp::sum).equal(torch::ones({2})));
+  CHECK(fabric.all_gather(torch::ones({2})).sizes() == at::IntArrayRef{1, 2});  // a group, if of one
+  CHECK(single.all_gather(torch::ones({2})).sizes() == at::IntArrayRef{2});
+}
+
 TEST_CASE("[issue-3.6] a GAN: two modules and two optimizers learn the mean of the data") {
   OnCpu fabric;
   seed_everything(0);

@@ -83,7 +83,13 @@ void naming_collective(const World& world, Backward&& backward) {
 inline void broadcast_in_place(const c10::intrusive_ptr<c10d::ProcessGroup>& group,
                                const std::vector<at::Tensor>& tensors) {
   constexpr std::size_t bytes_at_once = 250UL * 1024 * 1024;
-  if (group && !tensors.empty()) c10d::broadcast_coalesced(group, tensors, bytes_at_once);
+  if (!group || tensors.empty()) return;
+  try {
+    c10d::broadcast_coalesced(group, tensors, bytes_at_once);
+  } catch (const std::exception& error) {
+    refuse_collective({.size = group->getSize(), .global_rank = group->getRank()}, "the broadcast of rank 0's values",
+                      group->getSequenceNumberForGroup(), tensors.front(), reason_of(error));
+  }
 }
 
 /// The contiguous copy, on the group's device, that a collective may write to.
@@ -123,7 +129,8 @@ template <class T>
 requires std::is_arithmetic_v<T>
 [[nodiscard]] T all_reduce(const World& world, T number, ReduceOp op = ReduceOp::mean) {
   using Wide = std::conditional_t<std::is_floating_point_v<T>, double, int64_t>;
-  return static_cast<T>(all_reduce(world, torch::tensor(static_cast<Wide>(number)), op).template item<Wide>());
+  const at::Tensor wide = at::scalar_tensor(number, c10::CppTypeToScalarType<Wide>::value);
+  return static_cast<T>(all_reduce(world, wide, op).template item<Wide>());
 }
 
 /// Like `all_reduce`, but only rank `root` gets the result; the others get their own tensors back.
@@ -144,8 +151,9 @@ requires(!std::is_arithmetic_v<tree::Bare<T>>)
   });
 }
 
-/// Each tensor of the tree from all ranks, stacked along a new first dimension: (world size, *shape). In a world of one
-/// the tree comes back as it is, without that dimension, as in Lightning Fabric.
+/// Each tensor of the tree from all ranks, stacked along a new first dimension: (world size, *shape). Where the
+/// strategy has no process group, as `SingleDevice`, the tree comes back as it is, without that dimension, as in
+/// Lightning Fabric.
 template <class T>
 requires(!std::is_arithmetic_v<tree::Bare<T>>) [[nodiscard]] tree::Bare<T> all_gather(const World& world, T&& value) {
   return tree::map(std::forward<T>(value), [&](const at::Tensor& tensor) {

@@ -6,14 +6,15 @@
 
 namespace fabric {
 
-/// The processes that train together, as one of them sees it. `group` is null while there is only one.
+/// The processes that train together, as one of them sees it. `group` is null without a strategy
+/// of several processes; one of them may have a single process, too.
 struct World {
   int size = 1;
   int global_rank = 0;
   int local_rank = 0;
   int node_rank = 0;
   at::Device device = at::kCPU;  ///< Where this process's tensors live, and `group` communicates.
-  c10::intrusive_ptr<c10d::ProcessGroup> group;
+  c10::intrusive_ptr<c10d::ProcessGroup> group{};
 
   [[nodiscard]] bool is_global_zero() const { return global_rank == 0; }
 };

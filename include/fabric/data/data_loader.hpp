@@ -22,9 +22,12 @@ struct LoaderOptions {
   std::size_t batch_size = 1;  ///< Rows per rank and step.
   bool shuffle = false;        ///< Differently in each epoch, alike on all ranks.
   std::uint64_t seed = 0;
-  bool drop_last = false;   ///< Leave out a last batch that is not full.
-  bool pad = true;          ///< Repeat rows so that all ranks have equally many batches; see `Shares`.
-  std::size_t workers = 0;  ///< Threads that read ahead.
+  bool drop_last = false;  ///< Leave out a last batch that is not full.
+  bool pad = true;         ///< Repeat rows so that all ranks have equally many batches; see `Shares`.
+  /// Threads that read ahead. They call the dataset at the same time as the loop runs: a precision whose `init_module`
+  /// and forward change LibTorch's default dtype changes it for them too, so a dataset names the dtype of what it
+  /// makes.
+  std::size_t workers = 0;
   /// On a CUDA device, copy each batch by way of pinned memory and a stream of its own while the loop has the one
   /// before. Elsewhere it changes nothing.
   bool prefetch = true;
@@ -35,8 +38,6 @@ struct LoaderOptions {
 template <class Dataset>
 class DataLoader {
  public:
-  using Loader = decltype(torch::data::make_data_loader(std::declval<Dataset>(), std::declval<DistributedSampler>(),
-                                                        torch::data::DataLoaderOptions()));
   using Batch = typename Dataset::BatchType;
 
   /// Throws fabric::Error for a dataset without a size or a batch size of zero.
@@ -57,19 +58,20 @@ class DataLoader {
   using Iterator = BatchIterator<Batch>;
 
   /// Begins the next epoch, or the one that `set_epoch` named, with threads of its own: a loop that was left early
-  /// leaves nothing behind. After `load_state_dict`, it goes on with the epoch in which the state was saved.
+  /// leaves nothing behind, and one inside another is an epoch of its own. After `load_state_dict`, it goes on with the
+  /// epoch in which the state was saved.
   Iterator begin() {
     given_ = std::make_shared<Given>(next_);
     sampler_.set_epoch(next_.epoch, next_.batches * options_.batch_size);
     next_ = {next_.epoch + 1, 0};
-    loader_ = torch::data::make_data_loader(
+    std::shared_ptr loader = torch::data::make_data_loader(
         dataset_, sampler_,
         torch::data::DataLoaderOptions(options_.batch_size).workers(options_.workers).drop_last(options_.drop_last));
     const auto gave = [given = given_](bool more) {
       *given = more ? Given{given->epoch, given->batches + 1} : Given{given->epoch + 1, 0};
     };
-    return Iterator(std::make_shared<detail::Batches<Batch>>(detail::batches_of<Batch>(*loader_), gave, copies_,
-                                                             copies_->beside()));
+    return Iterator(std::make_shared<detail::Batches<Batch>>(detail::batches_of<Batch>(std::move(loader)), gave,
+                                                             copies_, copies_->beside()));
   }
   /// The end of the epoch that `begin` began.
   Iterator end() { return {}; }
@@ -116,7 +118,6 @@ class DataLoader {
   std::shared_ptr<Given> given_;  // of the loop that runs, or ran last
   Dataset dataset_;
   DistributedSampler sampler_;
-  Loader loader_;
 };
 
 }  // namespace fabric

@@ -147,6 +147,7 @@ class StreamReader
 template <class Dataset>
 class StreamLoader {
   using Stream = detail::Stream<Dataset>;
+  using Loader = torch::data::StatefulDataLoader<detail::StreamReader<Dataset>>;
 
  public:
   using Batch = typename Stream::Batch;
@@ -178,7 +179,8 @@ class StreamLoader {
   }
 
   /// Begins the next epoch, or the one that `set_epoch` named. After `load_state_dict`, it goes on with the epoch in
-  /// which the state was saved; throws fabric::Error if the data set cannot go back there.
+  /// which the state was saved; throws fabric::Error if the data set cannot go back there. A stream is in one place
+  /// only: a loop that was not over then cannot go on, and says so.
   Iterator begin() {
     loader_.reset();  // so that its thread reads no more
     given_ = std::make_shared<Given>(std::exchange(next_, {next_.epoch + 1, 0, {}}));
@@ -189,7 +191,15 @@ class StreamLoader {
     const auto gave = [given = given_, stream = stream_](bool more) {
       *given = more ? Given{given->epoch, given->batches + 1, stream->pop_state()} : Given{given->epoch + 1, 0, {}};
     };
-    auto read = [world = world_, next = detail::batches_of<Batch>(*loader_), ends = ends()]() mutable {
+    // Owned here alone, for as long as no other loop begins.
+    auto read = [world = world_, current = std::weak_ptr(loader_), ends = ends(),
+                 next = detail::batches_of<Batch>(std::shared_ptr<Loader>(loader_.get(), [](Loader*) {}))]() mutable {
+      if (current.expired()) {
+        throw Error(
+            "fabric: setup_dataloader: another loop over this stream has begun inside this one, which cannot go on: "
+            "end "
+            "one before the next, or set up a second loader");
+      }
       return ends ? together(world, next) : next();
     };
     return Iterator(
@@ -279,7 +289,7 @@ class StreamLoader {
   Given next_;
   std::shared_ptr<Given> given_;  // of the loop that runs, or ran last
   std::shared_ptr<Stream> stream_;
-  std::unique_ptr<torch::data::StatefulDataLoader<detail::StreamReader<Dataset>>> loader_;
+  std::shared_ptr<Loader> loader_;
 };
 
 /// What `setup_dataloader` makes of a data set.

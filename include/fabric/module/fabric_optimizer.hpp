@@ -26,7 +26,9 @@ concept OptimizerPointer = requires(const std::remove_cvref_t<T>& pointer) {
 }  // namespace detail
 
 /// What `setup` takes as an optimizer: one of `torch::optim`'s, or one derived like them, by reference (the caller's
-/// object stays usable and must outlive what `setup` returns), by value, or by smart pointer.
+/// object stays usable, for learning rates, schedulers and states, and must outlive what `setup` returns), by value, or
+/// by smart pointer. Steps go through what `setup` returns: the object's own `step()` would neither unscale gradients
+/// nor find out that they are not averaged.
 template <class T>
 concept OptimizerArgument = detail::OptimizerItself<T> || detail::OptimizerPointer<T>;
 
@@ -95,7 +97,8 @@ class FabricOptimizer {
   }
 
   /// For optimizers that evaluate the loss themselves (LBFGS): `closure` clears the gradients, computes the loss, runs
-  /// backward and returns the loss. Returns what the optimizer makes of it.
+  /// backward and returns the loss. Returns what the optimizer makes of it. Where the ranks' losses differ, the
+  /// optimizer gets their mean.
   template <std::invocable Closure>
   at::Tensor step(Closure&& closure) {
     static_assert(
@@ -107,6 +110,9 @@ class FabricOptimizer {
       after_step();  // the optimizer may have tried other parameters since the last evaluation
       at::Tensor loss = closure();
       before_step();
+      if constexpr (requires(const ModuleState& state) { Engine::mean_loss(state, loss); }) {
+        if (!states_.empty()) loss = Engine::mean_loss(*states_.front(), loss);
+      }
       return loss;
     });
     after_step();

@@ -19,6 +19,7 @@
 #include <torch/optim/optimizer.h>
 
 #include "fabric/comm/agreement.hpp"
+#include "fabric/comm/collectives.hpp"
 #include "fabric/comm/world.hpp"
 #include "fabric/connector/selection.hpp"
 #include "fabric/error.hpp"
@@ -162,6 +163,11 @@ class DdpModule {
     }
     share_buffers();
   }
+  /// The mean of the ranks' losses: an optimizer that goes by its loss must go the same way on all of them.
+  [[nodiscard]] at::Tensor mean_loss(const at::Tensor& loss) const {
+    const World ranks{.size = group_->getSize(), .device = loss.device(), .group = group_};
+    return all_reduce(ranks, loss.detach());
+  }
   /// An optimizer's gradients are gone, and with them what was not averaged, unless others have some of it.
   void after_zero_grad(const torch::optim::Optimizer& optimizer) {
     if (!unaveraged_->any) return;
@@ -273,6 +279,7 @@ class DdpEngine {
   }
   static void after_backward(ModuleState& state) { state.after_backward(); }
   static void before_step(ModuleState& state) { state.before_step(); }
+  static at::Tensor mean_loss(const ModuleState& state, const at::Tensor& loss) { return state.mean_loss(loss); }
   static void after_zero_grad(ModuleState& state, const torch::optim::Optimizer& optimizer) {
     state.after_zero_grad(optimizer);
   }

@@ -13,8 +13,7 @@ namespace fabric {
 /// - `Engine(Options)`;
 /// - `World launch(const Selection&, at::Device)`: starts or joins the other processes;
 /// - `void setup(ModuleState&, torch::nn::Module&, const World&)`: makes the replicas equal and hooks into backward;
-/// one
-///   that keeps parameters in other dtypes takes the `StrategyPrecision` besides;
+///   one that keeps parameters in other dtypes takes the `StrategyPrecision` besides;
 /// - `forward(ModuleState&, run)`: calls `run()`, which runs the module, and returns its result;
 /// - `void after_backward(ModuleState&)`;
 /// - `void before_step(ModuleState&)`: throws when the gradients are not what the optimizer may use;
@@ -32,7 +31,8 @@ namespace fabric {
 /// - `World data_world(const World&)`: the ranks among which data are divided, where that is not all;
 /// - `step(states, optimizer, step)`: calls `step()`, which steps the optimizer, and returns its result, or steps it in
 ///   portions;
-/// - `void after_step(ModuleState&)`: an optimizer has changed what it has.
+/// - `void after_step(ModuleState&)`: an optimizer has changed what it has;
+/// - `at::Tensor mean_loss(const ModuleState&, const at::Tensor&)`: of the ranks' losses, for optimizers that go by it.
 /// `SingleDevice`'s is the smallest example.
 template <class A, class S>
 class Engine;
