@@ -14,6 +14,7 @@ export FABRIC_LIBTORCH PYTHON
 BIN = build/release/bin
 VERSION = 2.11.0
 
+.NOTPARALLEL: # the steps of a target come one after the other, whatever -j says
 .PHONY: demo test bench lint soak check-torch libtorch python clean packages-%
 
 demo: packages-demo libtorch
