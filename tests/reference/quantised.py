@@ -29,7 +29,7 @@ except ImportError:
     print("skipped: there is no Python package bitsandbytes")
     sys.exit(77)
 from bitsandbytes.autograd._functions import MatMul8bitLt, MatmulLtState
-from bitsandbytes.nn import Linear4bit
+from bitsandbytes.nn import Linear4bit, Linear8bitLt
 
 THRESHOLD = 6.0
 GENERATOR = torch.Generator().manual_seed(5)
@@ -112,6 +112,12 @@ def linear4bit(weight, bias, mode):
     return layer.to("cpu")  # quantises
 
 
+def linear8bit(weight, bias):
+    layer = Linear8bitLt(weight.shape[1], weight.shape[0], has_fp16_weights=False, threshold=THRESHOLD)
+    layer.weight.data, layer.bias.data = weight.half(), bias.half()
+    return layer.to("cpu")  # quantises
+
+
 class Int8(torch.nn.Module):
     """bitsandbytes.nn.Linear8bitLt as it computes on a GPU; on a CPU the package takes another way while it trains."""
 
@@ -153,6 +159,8 @@ def layers():
             result[mode]["weight_gradient"] = layer.weight.grad
         if mode.startswith(("nf4", "fp4")):
             result[mode]["state"] = dict(layer.state_dict())
+        if mode == "int8":
+            result[mode]["state"] = dict(linear8bit(weight, bias).state_dict())
     return result
 
 

@@ -46,7 +46,6 @@ struct Is {
     constexpr const char* names[] = {"nf4", "nf4-dq", "fp4", "fp4-dq", "int8", "int8-training"};
     return names[static_cast<int>(mode)];
   }
-  static constexpr bool four_bits = !is_int8(mode);
 };
 using Nf4 = PrecisionPlugin<Bitsandbytes<Mode::nf4>>;
 using Int8 = PrecisionPlugin<Bitsandbytes<Mode::int8>>;
@@ -187,7 +186,7 @@ TEMPLATE_TEST_CASE("[issue-5.6] a quantised layer computes what the package's do
     const c10::InferenceMode inference;
     CHECK(equal_sums(layer(x.detach()), theirs));
   }
-  if constexpr (TestType::four_bits) {
+  if (expected.contains("state")) {
     SECTION("its state has the package's names and bytes") {
       const auto ours = layer->named_parameters();
       CHECK(ours.size() == expected["state"].size());
@@ -325,6 +324,53 @@ TEST_CASE("[issue-5.6] setting up again quantises nothing twice") {
   }
 }
 
+TEST_CASE("[issue-5.6] a module that was set up for another way to train is refused") {
+  torch::nn::Sequential net(torch::nn::Linear(64, 32));
+  PrecisionPlugin<Bitsandbytes<Mode::int8_training>>::convert_module(*net);
+  CHECK_NOTHROW(PrecisionPlugin<Bitsandbytes<Mode::int8_training>>::convert_module(*net));
+  CHECK_THROWS_WITH(Nf4::convert_module(*net), ContainsSubstring("set up with int8-training before"));
+  CHECK(net[0]->as<torch::nn::Linear>()->weight.scalar_type() == at::kHalf);
+}
+
+TEST_CASE("[issue-5.6] a layer of 4 bits computes in the compute dtype and answers in its input's") {
+  torch::manual_seed(3);
+  torch::nn::Linear layer(64, 32);
+  Nf4::convert_module(*layer);
+  const at::Tensor x = torch::randn({5, 64});
+  const Nf4::ForwardContext context(at::kCPU);
+  const at::Tensor expected = layer(x.to(at::kBFloat16));
+  CHECK(expected.scalar_type() == at::kBFloat16);
+  for (const at::ScalarType type : {at::kFloat, at::kHalf}) {
+    const at::Tensor input = x.clone().to(type).requires_grad_();
+    const at::Tensor out = layer(input);
+    CHECK(out.scalar_type() == type);
+    CHECK(out.equal(layer(input.to(at::kBFloat16)).to(type)));
+    out.sum().backward();
+    CHECK(input.grad().scalar_type() == type);
+    CHECK(input.grad().norm().item<float>() > 0);
+  }
+}
+
+TEST_CASE("[issue-5.6] the tensors of a state have the same sizes, whatever the weights' dtype was") {
+  const auto make = [](at::ScalarType type) {
+    torch::nn::Linear layer(64, 32);
+    layer->to(type);
+    return layer;
+  };
+  const auto check = [&](auto plugin) {
+    auto of_floats = make(at::kFloat);
+    auto of_half = make(at::kBFloat16);
+    decltype(plugin)::convert_module(*of_floats);
+    decltype(plugin)::convert_module(*of_half);
+    for (const auto& item : of_floats->named_parameters()) {
+      INFO(item.key());
+      CHECK(item.value().sizes() == of_half->named_parameters()[item.key()].sizes());
+    }
+  };
+  check(Nf4());
+  check(PrecisionPlugin<Bitsandbytes<Mode::fp4_dq>>());
+}
+
 TEMPLATE_TEST_CASE("[issue-5.6] a state that is quantised is loaded as it is, before and after setup", "",
                    Is<Mode::nf4>, Is<Mode::nf4_dq>, Is<Mode::fp4>, Is<Mode::fp4_dq>, Is<Mode::int8>) {
   using Plugin = typename TestType::Plugin;
@@ -392,17 +438,18 @@ TEST_CASE("[issue-5.6] a state of floats is quantised as it is loaded") {
 
 TEST_CASE("[issue-5.6] a state that Python's package wrote is read") {
   const Json& layers = reference()["layers"];
-  for (const std::string mode : {"nf4", "nf4-dq", "fp4", "fp4-dq"}) {
+  for (const std::string mode : {"nf4", "nf4-dq", "fp4", "fp4-dq", "int8"}) {
     INFO(mode);
+    const at::ScalarType type = mode == "int8" ? at::kHalf : at::kBFloat16;
     Dict state;
     for (const auto& [key, tensor] : layers[mode]["state"].items()) state[key] = tensor_of(tensor);
     torch::nn::Linear layer = layer_of(layers);
     load_quantised(*layer, state);
     layer->to(at::kCPU);
     const torch::NoGradGuard no_grad;
-    layer->bias.set_data(layer->bias.to(at::kBFloat16));
-    const Nf4::ForwardContext context(at::kCPU);
-    CHECK(equal_sums(layer(tensor_of(layers["x"]).to(at::kBFloat16)), tensor_of(layers[mode]["out"])));
+    layer->bias.set_data(layer->bias.to(type));
+    const SubstitutedLinears context;
+    CHECK(equal_sums(layer(tensor_of(layers["x"]).to(type)), tensor_of(layers[mode]["out"])));
   }
 }
 

@@ -409,6 +409,23 @@ TEST_CASE("[issue-5.5] what FP8 cannot do is refused") {
   CHECK_THROWS(layer->clone());
 }
 
+TEST_CASE("[issue-5.5] a module that is set up again follows the new recipe and keeps its scales") {
+  torch::nn::Linear layer(32, 16);
+  Fabric<Cpu, SingleDevice, TransformerEngine<>> first({.precision = {.recipe = {.amax_history_len = 8}}});
+  Fabric<Cpu, SingleDevice, TransformerEngine<>> second(
+      {.precision = {.recipe = {.margin = 3, .amax_history_len = 4}}});
+  const at::Tensor x = torch::randn({4, 32});
+  auto model = first.setup(layer);
+  first.backward(model(x).sum());
+  const at::Tensor scale = layer->named_buffers()["fp8.scale"].clone();
+  auto again = second.setup(layer);
+  CHECK(layer->named_buffers()["fp8.amax_history"].sizes() == at::IntArrayRef{3, 4});
+  CHECK(layer->named_buffers()["fp8.scale"].equal(scale));
+  second.backward(again(x).sum());
+  CHECK(layer->named_buffers()["fp8.steps"].item<int64_t>() == 2);    // once each
+  CHECK(layer->named_buffers()["fp8.scale"].mul(8).allclose(scale));  // a margin of 3 bits
+}
+
 TEST_CASE("[issue-5.5] frozen weights, inputs without gradient and a layer used twice") {
   Fabric<Cpu, SingleDevice, TransformerEngine<>> fabric;
   torch::nn::Linear layer(torch::nn::LinearOptions(32, 32).bias(false));

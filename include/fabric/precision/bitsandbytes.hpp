@@ -158,7 +158,7 @@ class PrecisionPlugin<Bitsandbytes<mode, Compute>> : public detail::TruePrecisio
 
   /// Quantises the linear layers, but for those that are ignored, are quantised already, or share their weight with a
   /// module that is no linear layer (tied embeddings), which standard error says on rank 0. Throws fabric::Error for a
-  /// module without linear layers.
+  /// module without linear layers, and for one that was set up for training in 8 bits, or in FP8.
   static void convert_module(torch::nn::Module& module, const Options& options = {}, const World& world = {}) {
     const auto linears = detail::linears_of(module);
     if (linears.empty()) {
@@ -202,11 +202,19 @@ class PrecisionPlugin<Bitsandbytes<mode, Compute>> : public detail::TruePrecisio
       constexpr bool nested = mode == BitsandbytesMode::nf4_dq || mode == BitsandbytesMode::fp4_dq;
       detail::install(layer, detail::Linear4bit::quantise(
                                  layer.weight, nf4 ? quantisation::Code4::nf4 : quantisation::Code4::fp4, nested));
+      share(layer, LinearSubstitutes::instance().find(layer.weight));
     }
   }
   /// Another layer with the same weight was quantised: its substitute, and what goes with it, belong to this one too.
   static void share(torch::nn::LinearImpl& layer, const std::shared_ptr<LinearSubstitute>& known) {
-    const bool four = std::dynamic_pointer_cast<detail::Linear4bit>(known) != nullptr;
+    const auto four = std::dynamic_pointer_cast<detail::Linear4bit>(known);
+    const auto eight = std::dynamic_pointer_cast<detail::Linear8bit>(known);
+    if (!four && (!eight || (!eight->is_frozen() && mode != BitsandbytesMode::int8_training))) {
+      throw Error(std::string("fabric: setup: this module was set up ") +
+                  (eight ? "with int8-training" : "in FP8 (transformer-engine)") +
+                  " before, so that its linear layers cannot be quantised: make it anew");
+    }
+    if (four) four->compute = Base::dtype;
     const std::string name = four ? "weight" : "int8";
     if (!layer.named_children().contains(name)) layer.register_module(name, known);
   }

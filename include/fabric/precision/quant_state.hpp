@@ -47,11 +47,13 @@ inline constexpr std::pair<at::ScalarType, std::string_view> quant_state_dtypes[
     text += ", \"nested_blocksize\": " + std::to_string(quantisation::nested_block_size) +
             ", \"nested_dtype\": \"float32\", \"nested_offset\": " +
             std::string(digits.data(), static_cast<std::size_t>(end - digits.data()));
-    // Checkpoints of one model have tensors of one length, whatever the number.
     text += "}" + std::string(digits.size() - static_cast<std::size_t>(end - digits.data()), ' ');
   } else {
     text += "}";
   }
+  // Checkpoints of one model have tensors of one length, whatever the number above and the weight's dtype.
+  constexpr std::size_t longest = std::string_view("bfloat16").size();
+  text.append(longest - dtype.size(), ' ');
   at::Tensor bytes = at::empty({static_cast<int64_t>(text.size())}, at::kByte);
   std::memcpy(bytes.data_ptr(), text.data(), text.size());
   return bytes;

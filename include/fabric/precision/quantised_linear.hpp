@@ -82,8 +82,11 @@ class Linear4bit : public LinearSubstitute {
     seen_ = {bytes_.data_ptr(), bytes_._version()};
   }
 
+  /// Computes in `compute`; the result has the input's dtype.
   inline at::Tensor product(const at::Tensor& x, const at::Tensor& packed,
                             const std::optional<at::Tensor>& bias) override;
+  /// Before anybody has said it, `product` computes in its input's dtype.
+  std::optional<at::ScalarType> compute{};
 
   /// (out, in)
   [[nodiscard]] at::Tensor dequantise(const at::Tensor& packed, at::ScalarType type) {
@@ -153,7 +156,10 @@ class Product4bit : public torch::autograd::Function<Product4bit> {
 inline at::Tensor Linear4bit::product(const at::Tensor& x, const at::Tensor& packed,
                                       const std::optional<at::Tensor>& bias) {
   const auto self = std::static_pointer_cast<Linear4bit>(shared_from_this());
-  return as_shape_of(x, Product4bit::apply(as_rows(x), packed, bias, self));
+  const at::ScalarType type = compute.value_or(x.scalar_type());
+  std::optional<at::Tensor> cast;
+  if (bias) cast = bias->to(type);
+  return as_shape_of(x, Product4bit::apply(as_rows(x.to(type)), packed, cast, self)).to(x.scalar_type());
 }
 
 /// A linear layer whose product is of 8-bit integers. For inference the weight itself is in 8 bits, "fc.weight" with
@@ -165,6 +171,8 @@ class Linear8bit : public LinearSubstitute {
 
   /// For training; or for inference, with the maxima of the weight's rows.
   explicit Linear8bit(at::Tensor maxima = {}) : LinearSubstitute("Linear8bit"), maxima_(std::move(maxima)) {}
+  /// Is the weight itself in 8 bits?
+  [[nodiscard]] bool is_frozen() const { return maxima_.defined(); }
 
   inline at::Tensor product(const at::Tensor& x, const at::Tensor& weight,
                             const std::optional<at::Tensor>& bias) override;
@@ -242,6 +250,8 @@ inline at::Tensor Linear8bit::product(const at::Tensor& x, const at::Tensor& wei
 inline void install(torch::nn::LinearImpl& layer, const Linear4bit::Parts& parts) {
   if (layer.named_children().contains("weight")) layer.unregister_module("weight");
   const auto substitute = std::make_shared<Linear4bit>(parts);
+  const auto before = std::dynamic_pointer_cast<Linear4bit>(LinearSubstitutes::instance().find(layer.weight));
+  if (before) substitute->compute = before->compute;
   replace_weight(layer.weight, parts.packed);
   layer.register_module("weight", substitute);
   LinearSubstitutes::instance().add(layer.weight, substitute);

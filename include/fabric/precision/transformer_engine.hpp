@@ -43,7 +43,7 @@ class Fp8Layers : public std::enable_shared_from_this<Fp8Layers> {
   Fp8Layers(const Fp8Recipe& recipe, const World& world) : recipe_(recipe), world_(world) {}
 
   [[nodiscard]] const Fp8Recipe& recipe() const { return recipe_; }
-  void add(const std::shared_ptr<Fp8Linear>& layer) { layers_.push_back(layer); }
+  inline void add(const std::shared_ptr<Fp8Linear>& layer);
 
   /// Called in each layer's backward: new scales when this backward ends.
   void update_after_backward() {
@@ -67,14 +67,21 @@ class Fp8Linear : public LinearSubstitute {
  public:
   enum Operand : int64_t { input = 0, weight = 1, gradient = 2, operands = 3 };
 
-  Fp8Linear(std::shared_ptr<Fp8Layers> layers, at::Device device)
-      : LinearSubstitute("Fp8Linear"), layers_(std::move(layers)), kernel_(fp8::kernel_for(device)) {
+  explicit Fp8Linear(at::Device device) : LinearSubstitute("Fp8Linear"), kernel_(fp8::kernel_for(device)) {
     const auto options = at::TensorOptions(device).dtype(at::kFloat);
     scale_ = register_buffer("scale", at::ones({operands}, options));
-    amax_history_ = register_buffer("amax_history", at::zeros({operands, layers_->recipe().amax_history_len}, options));
+    amax_history_ = register_buffer("amax_history", at::zeros({operands, 0}, options));
     steps_ = register_buffer("steps", at::zeros({}, options.dtype(at::kLong)));
   }
 
+  /// From here on one of these, by their recipe. Its scales stay; so does its history, if that is as long.
+  void join(std::shared_ptr<Fp8Layers> layers) {
+    layers_ = std::move(layers);
+    const int64_t length = layers_->recipe().amax_history_len;
+    if (amax_history_.size(1) != length) {
+      amax_history_.set_data(at::zeros({operands, length}, amax_history_.options()));
+    }
+  }
   inline at::Tensor product(const at::Tensor& x, const at::Tensor& w, const std::optional<at::Tensor>& bias) override;
 
   /// An operand as FP8. Its largest magnitude is remembered for the scales to come while gradients are recorded:
@@ -92,7 +99,7 @@ class Fp8Linear : public LinearSubstitute {
   [[nodiscard]] at::ScalarType type(Operand operand) const {
     return operand == gradient ? fp8::backward_type(layers_->recipe()) : fp8::forward_type(layers_->recipe());
   }
-  [[nodiscard]] Fp8Layers& layers() const { return *layers_; }
+  [[nodiscard]] const std::shared_ptr<Fp8Layers>& layers() const { return layers_; }
   [[nodiscard]] fp8::Kernel kernel() const { return kernel_; }
 
   at::Tensor& scale() { return scale_; }
@@ -107,6 +114,12 @@ class Fp8Linear : public LinearSubstitute {
   at::Tensor steps_;         // ()
 };
 
+inline void Fp8Layers::add(const std::shared_ptr<Fp8Linear>& layer) {
+  if (layer->layers().get() == this) return;
+  layer->join(shared_from_this());
+  layers_.push_back(layer);
+}
+
 inline void Fp8Layers::update() {
   const at::NoGradGuard no_grad;
   std::vector<at::Tensor> scales;
@@ -114,7 +127,7 @@ inline void Fp8Layers::update() {
   at::Tensor step;
   for (const auto& weak : layers_) {
     const auto layer = weak.lock();
-    if (!layer) continue;
+    if (!layer || layer->layers().get() != this) continue;
     scales.push_back(layer->scale());
     histories.push_back(layer->amax_history());
     step = layer->steps().add_(1);
@@ -169,7 +182,7 @@ class Fp8Product : public torch::autograd::Function<Fp8Product> {
     const at::Tensor& g = gradients[0];
     const at::Tensor inverse_g = layer.inverse_scale(Fp8Linear::gradient);
     const at::Tensor g8 = layer.quantise(g, Fp8Linear::gradient, /*remember=*/true);
-    layer.layers().update_after_backward();
+    layer.layers()->update_after_backward();
 
     torch::autograd::variable_list result(5);
     const auto product = [&](const at::Tensor& a, const at::Tensor& b, const at::Tensor& inverse_b) {
@@ -213,9 +226,10 @@ class PrecisionPlugin<TransformerEngine<Weights>> : public detail::TruePrecision
     SubstitutedLinears linears_;
   };
 
-  /// Brings the module to the weights' dtype and its linear layers to FP8, but for those that are ignored, are so
-  /// already, or have a size that is no multiple of 16, which FP8's kernels need. Says on standard error (rank 0) which
-  /// layers stay in the weights' dtype. Throws fabric::Error for a recipe that means nothing.
+  /// Brings the module to the weights' dtype and its linear layers to FP8, but for those that are ignored, or have a
+  /// size that is no multiple of 16, which FP8's kernels need. Layers that are in FP8 already follow this recipe from
+  /// here on. Says on standard error (rank 0) which layers stay in the weights' dtype. Throws fabric::Error for a
+  /// recipe that means nothing, and for layers whose weights are quantised (Bitsandbytes).
   static void convert_module(torch::nn::Module& module, const Options& options = {}, const World& world = {}) {
     fp8::check(options.recipe);
     detail::convert_floats(module, Base::dtype);
@@ -232,13 +246,17 @@ class PrecisionPlugin<TransformerEngine<Weights>> : public detail::TruePrecision
                        std::to_string(out) + ")");
         continue;
       }
-      auto substitute = LinearSubstitutes::instance().find(layer->weight);
-      if (!substitute) {
-        const auto fresh = std::make_shared<detail::Fp8Linear>(layers, layer->weight.device());
-        layers->add(fresh);
-        LinearSubstitutes::instance().add(layer->weight, fresh);
-        substitute = fresh;
+      const auto known = LinearSubstitutes::instance().find(layer->weight);
+      auto substitute = std::dynamic_pointer_cast<detail::Fp8Linear>(known);
+      if (known && !substitute) {
+        throw Error("fabric: setup: FP8: the weight of " + (name.empty() ? "the module" : name) +
+                    " was quantised by Bitsandbytes before: make the module anew");
       }
+      if (!substitute) {
+        substitute = std::make_shared<detail::Fp8Linear>(layer->weight.device());
+        LinearSubstitutes::instance().add(layer->weight, substitute);
+      }
+      layers->add(substitute);
       if (!layer->named_children().contains("fp8")) layer->register_module("fp8", substitute);
     }
     if (world.is_global_zero()) say(module, linears, left, options);
