@@ -263,6 +263,15 @@ TEST_CASE("[issue-5.2] a loss that was not scaled, and gradients in half floats,
   one.loss(1).backward();
   CHECK_THROWS_WITH(optimizer.step(), ContainsSubstring("call fabric.backward(loss), not loss.backward()"));
   CHECK(one.value() == 0);
+  optimizer.zero_grad();
+  fabric.backward(one.loss(1));
+  CHECK(optimizer.step());
+  const auto stepped = one.value();
+  optimizer.zero_grad();
+  CHECK(optimizer.step());  // there is nothing to use
+  one.loss(1).backward();
+  CHECK_THROWS_WITH(optimizer.step(), ContainsSubstring("call fabric.backward(loss), not loss.backward()"));
+  CHECK(one.value() == stepped);
 
   const at::Tensor half = torch::ones({1}, torch::kHalf).requires_grad_();
   auto of_half = fabric.setup(torch::optim::SGD(std::vector{parameter({1}), half}, 1.0));

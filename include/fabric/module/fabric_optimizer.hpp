@@ -83,6 +83,7 @@ class FabricOptimizer {
     before_step();
     if constexpr (Precision::has_scaler) {
       scaling_.scaler->unscale(*scaling_.gradients);
+      scaling_.scaler->use(*scaling_.gradients);
       Stepped stepped = by_engine([&] { return scaling_.scaler->step(*optimizer_, *scaling_.gradients); });
       after_step();
       return stepped;

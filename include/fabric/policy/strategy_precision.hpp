@@ -41,7 +41,7 @@ struct DynamicLossScale {
   double loss_scale = 0;                  ///< A fixed factor, or 0 for one that adapts.
   int initial_scale_power = 16;           ///< The first factor is 2 to this.
   std::int64_t loss_scale_window = 1000;  ///< The factor doubles after so many good steps.
-  int hysteresis = 2;                     ///< It halves at the second overflow in a row.
+  int hysteresis = 2;                     ///< It halves at the second overflow since it last grew.
   double min_loss_scale = 1;              ///< It never gets smaller.
 };
 

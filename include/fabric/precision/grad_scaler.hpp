@@ -71,6 +71,7 @@ class GradScaler {
     std::shared_ptr<torch::optim::Optimizer> optimizer_;
     Waiting waiting_;
     at::Tensor found_inf_;  // undefined while the gradients are scaled
+    bool used_ = false;     // by a step since then
   };
 
   /// Throws fabric::Error that names every option that makes no sense.
@@ -116,6 +117,7 @@ class GradScaler {
   [[nodiscard]] at::Tensor scale(const at::Tensor& loss) {
     update();
     for_each_watched([&](Gradients& gradients) {
+      gradients.used_ = false;
       if (!gradients.unscaled()) return;
       multiply(by_device_and_dtype(gradients), scale_);
       gradients.found_inf_.reset();
@@ -148,6 +150,14 @@ class GradScaler {
   /// Likewise those of all optimizers.
   void unscale() {
     for_each_watched([&](Gradients& gradients) { unscale(gradients); });
+  }
+  /// A step uses the gradients. Throws fabric::Error when one has done so since the last backward, and there are some.
+  void use(Gradients& gradients) {
+    if (std::exchange(gradients.used_, true) && !by_device_and_dtype(gradients).empty()) {
+      throw Error(
+          "fabric: GradScaler: this optimizer has made its step since a loss was last scaled: call "
+          "fabric.backward(loss), not loss.backward(), and step once after it");
+    }
   }
 
   /// Did gradients that are unscaled now hold an infinity or NaN? Waits for the device.
