@@ -46,74 +46,23 @@ struct DdpOptions {
   std::string log_dir{};
 };
 
+namespace detail {
+
+/// The parameters, by their index, with gradients of a backward that kept them on their rank.
+struct Unaveraged {
+  std::vector<bool> which;
+  bool any = false;
+};
+
+}  // namespace detail
+
 /// What `Ddp` keeps for a module: c10d's Reducer, which averages gradients bucket by bucket while backward still runs.
 template <bool find_unused_parameters>
 class DdpModule {
  public:
   /// Makes parameters and buffers those of rank 0 on all ranks and hooks into backward. Throws fabric::Error, on all of
   /// them, when their modules do not have the same parameters and buffers.
-  void setup(torch::nn::Module& module, const World& world, const DdpOptions& options) {
-    group_ = world.group;
-    options_ = options;
-    std::vector<at::Tensor> replicated;
-    std::vector<std::string> description;
-    for (const auto& [name, parameter] : parameters_of(module)) {
-      if (tensor_slice_of(parameter)) {
-        throw Error(
-            "fabric: Ddp: '" + name +
-            "' holds this rank's slice of a parameter (parallelize_module), and Ddp would average it with other "
-            "slices. Use ModelParallel, or average gradients over the mesh's data group yourself");
-      }
-      description.push_back(detail::described(name, parameter));
-      replicated.push_back(parameter.detach());
-      if (!parameter.requires_grad()) continue;
-      names_.emplace(parameters_.size(), name);
-      parameters_.push_back(parameter);
-    }
-    // With versions of their own: a forward may have saved one that the next forward shares again.
-    for (const at::Tensor& buffer : module.buffers()) buffers_.push_back(buffer.variable_data());
-    for (const at::Tensor& buffer : buffers_) replicated.push_back(buffer.detach());
-    for (const auto& buffer : module.named_buffers()) {
-      description.push_back(detail::described(buffer.key(), buffer.value()));
-    }
-    detail::require_agreement(world, "setup", description);
-    detail::broadcast_in_place(group_, replicated);
-    if (parameters_.empty()) return;  // nothing to train, nothing to reduce
-
-    constexpr double mb = 1024.0 * 1024.0;
-    const auto capacity = static_cast<int64_t>(options.bucket_cap_mb * mb);
-    const auto first_capacity = std::min(capacity, static_cast<int64_t>(mb));
-    auto [buckets, limits] = c10d::compute_bucket_assignment_by_size(
-        parameters_, {static_cast<size_t>(first_capacity), static_cast<size_t>(capacity)});
-    reducer_ = libtorch::make_reducer({.parameters = parameters_,
-                                       .buckets = {buckets.rbegin(), buckets.rend()},  // backward begins at the end
-                                       .group = group_,
-                                       .bucket_bytes = capacity,
-                                       .first_bucket_bytes = first_capacity,
-                                       .find_unused_parameters = find_unused_parameters,
-                                       .gradient_as_bucket_view = options.gradient_as_bucket_view,
-                                       .names = names_});
-    logger_ = std::make_shared<c10d::Logger>(reducer_);
-    reducer_->set_logger(logger_);
-    unaveraged_->which.resize(parameters_.size());
-    for (std::size_t i = 0; i < parameters_.size(); ++i) {
-      parameters_[i].register_hook(
-          [i, reducer = std::weak_ptr(reducer_), unaveraged = unaveraged_](const at::Tensor& /*gradient*/) {
-            const auto alive = reducer.lock();
-            if (alive && !alive->expects_gradients()) {
-              unaveraged->which[i] = unaveraged->any = true;
-            } else if (unaveraged->any) {
-              *unaveraged = {.which = std::vector<bool>(unaveraged->which.size())};  // this averages all that there are
-            }
-          });
-    }
-    if (options.static_graph) reducer_->set_static_graph();
-    switch (options.compression) {
-      case GradientCompression::none: break;
-      case GradientCompression::f16: return compress<at::kHalf>();
-      case GradientCompression::bf16: return compress<at::kBFloat16>();
-    }
-  }
+  void setup(torch::nn::Module& module, const World& world, const DdpOptions& options);
 
   /// Runs the module by `run()` with the reducer prepared for its backward.
   template <class Run>
@@ -152,44 +101,19 @@ class DdpModule {
   /// Throws fabric::Error when gradients were not averaged: a parameter took no part in the loss, the last backward
   /// kept gradients local, or the module was called past its wrapper. Then shares the buffers, so that the ranks agree
   /// when they evaluate, each at its own pace.
-  void before_step() {
-    if (!reducer_) return;
-    naming_unused([&] { reducer_->check_finalized(); });
-    if (unaveraged_->any) {
-      throw Error(
-          "fabric: Ddp: the gradients were not averaged over the ranks: the last backward ran under no_backward_sync, "
-          "or its forward was not called through what `setup` returned. Step after a backward outside "
-          "no_backward_sync, and call the wrapped module; its other methods by `mark_forward_method`");
-    }
-    share_buffers();
-  }
+  void before_step();
   /// The mean of the ranks' losses: an optimizer that goes by its loss must go the same way on all of them.
   [[nodiscard]] at::Tensor mean_loss(const at::Tensor& loss) const {
     const World ranks{.size = group_->getSize(), .device = loss.device(), .group = group_};
     return all_reduce(ranks, loss.detach());
   }
   /// An optimizer's gradients are gone, and with them what was not averaged, unless others have some of it.
-  void after_zero_grad(const torch::optim::Optimizer& optimizer) {
-    if (!unaveraged_->any) return;
-    const ParameterSet theirs = parameter_set(optimizer);
-    unaveraged_->any = false;
-    for (std::size_t i = 0; i < parameters_.size(); ++i) {
-      const bool gone = !parameters_[i].grad().defined() || theirs.contains(parameters_[i].unsafeGetTensorImpl());
-      unaveraged_->which[i] = unaveraged_->which[i] && !gone;
-      unaveraged_->any = unaveraged_->any || unaveraged_->which[i];
-    }
-  }
+  void after_zero_grad(const torch::optim::Optimizer& optimizer);
 
   /// False inside no_backward_sync.
   bool sync_gradients = true;
 
  private:
-  /// The parameters with gradients of a backward that kept them on their rank.
-  struct Unaveraged {
-    std::vector<bool> which;  // by index into parameters_
-    bool any = false;
-  };
-
   template <at::ScalarType dtype>
   void compress() {
     reducer_->register_comm_hook(std::make_unique<CompressionHook<dtype>>(group_));
@@ -204,15 +128,7 @@ class DdpModule {
   /// With a static graph the first backward finds out how often each parameter is used; reducing waits until it is
   /// over.
   [[nodiscard]] bool delays_first_all_reduce() const { return options_.static_graph && !*first_backward_seen_; }
-  void delay_first_all_reduce(const std::vector<at::Tensor>& outputs) {
-    for (const at::Tensor& output : outputs) {
-      if (!output.requires_grad()) continue;
-      output.register_hook([reducer = reducer_, seen = first_backward_seen_](const at::Tensor& /*gradient*/) {
-        if (std::exchange(*seen, true)) return;
-        torch::autograd::Engine::get_default_engine().queue_callback([reducer] { reducer->delay_all_reduce(); });
-      });
-    }
-  }
+  void delay_first_all_reduce(const std::vector<at::Tensor>& outputs);
 
   /// Runs `check`, which fails when the last backward missed parameters, with an error that names them.
   template <class Check>
@@ -239,13 +155,114 @@ class DdpModule {
   bool buffers_differ_ = false;
   // Shared with hooks, which may outlive this.
   std::shared_ptr<bool> first_backward_seen_ = std::make_shared<bool>(false);
-  std::shared_ptr<Unaveraged> unaveraged_ = std::make_shared<Unaveraged>();
+  std::shared_ptr<detail::Unaveraged> unaveraged_ = std::make_shared<detail::Unaveraged>();
   std::vector<at::Tensor> parameters_;
   std::unordered_map<size_t, std::string> names_;  // of parameters_, by index
   std::vector<at::Tensor> buffers_;
   std::shared_ptr<libtorch::Reducer> reducer_;
   std::shared_ptr<c10d::Logger> logger_;  // the reducer crashes without one when the unused parameters change
 };
+
+// Out of the class, and so not inline: fabric/separate.hpp has them compiled once.
+template <bool find_unused_parameters>
+void DdpModule<find_unused_parameters>::setup(torch::nn::Module& module, const World& world,
+                                              const DdpOptions& options) {
+  group_ = world.group;
+  options_ = options;
+  std::vector<at::Tensor> replicated;
+  std::vector<std::string> description;
+  for (const auto& [name, parameter] : parameters_of(module)) {
+    if (tensor_slice_of(parameter)) {
+      throw Error("fabric: Ddp: '" + name +
+                  "' holds this rank's slice of a parameter (parallelize_module), and Ddp would average it with other "
+                  "slices. Use ModelParallel, or average gradients over the mesh's data group yourself");
+    }
+    description.push_back(detail::described(name, parameter));
+    replicated.push_back(parameter.detach());
+    if (!parameter.requires_grad()) continue;
+    names_.emplace(parameters_.size(), name);
+    parameters_.push_back(parameter);
+  }
+  // With versions of their own: a forward may have saved one that the next forward shares again.
+  for (const at::Tensor& buffer : module.buffers()) buffers_.push_back(buffer.variable_data());
+  for (const at::Tensor& buffer : buffers_) replicated.push_back(buffer.detach());
+  for (const auto& buffer : module.named_buffers()) {
+    description.push_back(detail::described(buffer.key(), buffer.value()));
+  }
+  detail::require_agreement(world, "setup", description);
+  detail::broadcast_in_place(group_, replicated);
+  if (parameters_.empty()) return;  // nothing to train, nothing to reduce
+
+  constexpr double mb = 1024.0 * 1024.0;
+  const auto capacity = static_cast<int64_t>(options.bucket_cap_mb * mb);
+  const auto first_capacity = std::min(capacity, static_cast<int64_t>(mb));
+  auto [buckets, limits] = c10d::compute_bucket_assignment_by_size(
+      parameters_, {static_cast<size_t>(first_capacity), static_cast<size_t>(capacity)});
+  reducer_ = libtorch::make_reducer({.parameters = parameters_,
+                                     .buckets = {buckets.rbegin(), buckets.rend()},  // backward begins at the end
+                                     .group = group_,
+                                     .bucket_bytes = capacity,
+                                     .first_bucket_bytes = first_capacity,
+                                     .find_unused_parameters = find_unused_parameters,
+                                     .gradient_as_bucket_view = options.gradient_as_bucket_view,
+                                     .names = names_});
+  logger_ = std::make_shared<c10d::Logger>(reducer_);
+  reducer_->set_logger(logger_);
+  unaveraged_->which.resize(parameters_.size());
+  for (std::size_t i = 0; i < parameters_.size(); ++i) {
+    parameters_[i].register_hook(
+        [i, reducer = std::weak_ptr(reducer_), unaveraged = unaveraged_](const at::Tensor& /*gradient*/) {
+          const auto alive = reducer.lock();
+          if (alive && !alive->expects_gradients()) {
+            unaveraged->which[i] = unaveraged->any = true;
+          } else if (unaveraged->any) {
+            *unaveraged = {.which = std::vector<bool>(unaveraged->which.size())};  // this averages all that there are
+          }
+        });
+  }
+  if (options.static_graph) reducer_->set_static_graph();
+  switch (options.compression) {
+    case GradientCompression::none: break;
+    case GradientCompression::f16: return compress<at::kHalf>();
+    case GradientCompression::bf16: return compress<at::kBFloat16>();
+  }
+}
+
+template <bool find_unused_parameters>
+void DdpModule<find_unused_parameters>::after_zero_grad(const torch::optim::Optimizer& optimizer) {
+  if (!unaveraged_->any) return;
+  const ParameterSet theirs = parameter_set(optimizer);
+  unaveraged_->any = false;
+  for (std::size_t i = 0; i < parameters_.size(); ++i) {
+    const bool gone = !parameters_[i].grad().defined() || theirs.contains(parameters_[i].unsafeGetTensorImpl());
+    unaveraged_->which[i] = unaveraged_->which[i] && !gone;
+    unaveraged_->any = unaveraged_->any || unaveraged_->which[i];
+  }
+}
+
+template <bool find_unused_parameters>
+void DdpModule<find_unused_parameters>::delay_first_all_reduce(const std::vector<at::Tensor>& outputs) {
+  for (const at::Tensor& output : outputs) {
+    if (!output.requires_grad()) continue;
+    output.register_hook([reducer = reducer_, seen = first_backward_seen_](const at::Tensor& /*gradient*/) {
+      if (std::exchange(*seen, true)) return;
+      torch::autograd::Engine::get_default_engine().queue_callback([reducer] { reducer->delay_all_reduce(); });
+    });
+  }
+}
+
+template <bool find_unused_parameters>
+void DdpModule<find_unused_parameters>::before_step() {
+  if (!reducer_) return;
+  naming_unused([&] { reducer_->check_finalized(); });
+  if (unaveraged_->any) {
+    throw Error(
+        "fabric: Ddp: the gradients were not averaged over the ranks: the last backward ran under no_backward_sync, "
+        "or its forward was not called through what `setup` returned. Step after a backward outside "
+        "no_backward_sync, and call the wrapped module; its other methods by `mark_forward_method`");
+  }
+  share_buffers();
+}
 
 namespace detail {
 
