@@ -3,6 +3,7 @@
 // Trains a small network on handwritten digits, on whatever the flags say:
 //   train_digits --strategy ddp --devices 2 --precision bf16-mixed
 
+#include <algorithm>
 #include <cstdint>
 #include <exception>
 #include <iostream>
@@ -97,8 +98,6 @@ void train(F& fabric, const Arguments& arguments) {
       Digits(arguments.data, Part::training),
       {.batch_size = arguments.batch_size, .shuffle = !arguments.no_shuffle, .seed = arguments.seed});
 
-  const auto images_per_epoch = loader.rows() * static_cast<std::size_t>(fabric.world_size());
-  Progress progress(fabric.is_global_zero(), arguments.epochs, loader.size(), images_per_epoch);
   std::int64_t step = 0;
   int epoch = 0;
   RandomState random;
@@ -107,21 +106,20 @@ void train(F& fabric, const Arguments& arguments) {
   std::optional<Checkpoints<F>> checkpoints;
   if (!arguments.save.empty()) checkpoints.emplace(fabric, CheckpointsOptions{.folder = arguments.save});
   if (arguments.resume && checkpoints->load_latest(state)) fabric.print("resumed after step ", step);
+  const auto images = static_cast<std::int64_t>(loader.rows()) * fabric.world_size();
+  Progress progress(fabric.is_global_zero(), arguments.epochs, static_cast<std::int64_t>(loader.size()), images, step);
   for (; epoch < arguments.epochs; ++epoch) {
-    progress.begin_epoch();
-    at::Tensor loss;
     for (auto& batch : loader) {
       optimizer.zero_grad();
-      loss = torch::cross_entropy_loss(model(batch.data), batch.target);
+      const at::Tensor loss = torch::cross_entropy_loss(model(batch.data), batch.target);
       fabric.backward(loss);
       optimizer.step();
       fabric.log("loss", loss, step++);
-      progress.step();
+      progress.step(step, loss);
       if (checkpoints && arguments.checkpoint_every > 0 && step % arguments.checkpoint_every == 0) {
         checkpoints->save(step, state);
       }
     }
-    if (loss.defined()) progress.end_epoch(epoch, loss.item<double>());  // else all of it was done before a resume
   }
   if (checkpoints) checkpoints->save(step, state);
   fabric.print(fmt::format("accuracy={:.4f}", accuracy(fabric, model, arguments)));
@@ -143,7 +141,13 @@ std::string kernels(const at::Device& device) {
     logits = net->forward(Plugin::convert_input(torch::zeros({32, 1, 8, 8}, device)));
   }
   Plugin::convert_output(logits).sum().backward();
-  return fmt::format("kernels: {} on {} weights", used.text(), at::toString(net->logits->weight.scalar_type()));
+  const auto layers = net->modules();
+  const auto in_fp8 = std::count_if(layers.begin(), layers.end(), [](const auto& layer) {
+    return dynamic_cast<const LinearSubstitute*>(layer.get()) != nullptr;
+  });
+  const char* how = fp8::kernel_for(device) == fp8::Kernel::emulation ? "emulated in 32 bits" : "on tensor cores";
+  return fmt::format("kernels: {} on {} weights{}", used.text(), at::toString(net->logits->weight.scalar_type()),
+                     in_fp8 == 0 ? "" : fmt::format("; FP8, {}, in {} layer", how, in_fp8));
 }
 
 /// What the flags come down to, and what then computes.
@@ -197,7 +201,9 @@ int main(int argc, char** argv) try {
     return 0;
   }
   std::vector<std::shared_ptr<Logger>> loggers;
-  if (!arguments.log.empty()) loggers.push_back(std::make_shared<CsvLogger>(arguments.log));
+  if (!arguments.log.empty()) {
+    loggers.push_back(std::make_shared<CsvLogger>(arguments.log, CsvLoggerOptions{.resume = arguments.resume}));
+  }
   dispatch<DigitsMenu>(
       arguments.flags, [&](auto& fabric) { train(fabric, arguments); }, loggers);
   return 0;

@@ -17,6 +17,16 @@ train --strategy ddp --devices 2 --precision bf16-mixed --log "$folder/ddp.csv"
 train --devices 1 --precision 32-true --epochs 6
 train --devices 1 --precision 64-true --epochs 6 --log "$folder/single.csv"
 
+# Progress is for terminals: a bar for each epoch with the loss, the speed and the time left, from the first process alone.
+if grep -q epoch "$folder/stderr"; then exit 1; fi
+SHELL=/bin/sh script -qec "$FABRIC_BIN/train_digits --accelerator cpu --strategy ddp --devices 2 --epochs 2" "$folder/terminal" >"$folder/seen"
+for epoch in 1 2; do
+  test "$(tr '\r' '\n' <"$folder/seen" |
+    grep -cE "^epoch $epoch/2 \[#{30}\] loss [0-9.]+  [0-9]+ images/s  [0-9]+ s left")" = 1
+done
+tr '\r' '\n' <"$folder/seen" | grep -qE "^epoch 1/2 \[#+ +\] loss"
+tr '\r' '\n' <"$folder/seen" | grep -q "^accuracy=0.9"
+
 # Steps of 32 rows from the 1438 of training: 45 on one process; 23 on each of two, which write together one row a step.
 rows() { awk -F, 'NR == 1 { if ($0 != "step,loss") exit 2; next } $1 != NR - 2 || !($2 > 0) { exit 2 } END { print NR - 1 }' "$1"; }
 test "$(rows "$folder/single.csv")" = $((6 * 45))

@@ -88,6 +88,25 @@ TEST_CASE("[issue-3.6] numbers that are none are written as such, names are quot
   CHECK(content(file) == "\"a,b\",\"say \"\"x\"\"\",plain\nnan,inf,-1\n");
 }
 
+TEST_CASE("[issue-3.6] a CSV file that is resumed keeps the rows of the steps before") {
+  const Folder folder;
+  const auto file = folder.path / "resumed.csv";
+  {
+    CsvLogger logger(file);
+    for (const int step : {0, 1, 2, 3}) logger.log_metrics({{"a,\"b\"", 0.5 * step}}, step);
+  }
+  std::ofstream(file, std::ios::app) << "4,7";  // cut off
+  CsvLogger logger(file, {.resume = true});
+  CHECK(content(file) == "step,\"a,\"\"b\"\"\"\n0,0\n1,0.5\n2,1\n3,1.5\n4,7");  // until there is something to log
+  logger.log_metrics({{"a,\"b\"", -1}, {"more", 9}}, 2);
+  logger.log_metrics({{"a,\"b\"", -2}}, 3);
+  CHECK(content(file) == "step,\"a,\"\"b\"\"\",more\n0,0,\n1,0.5,\n2,-1,9\n3,-2,\n");
+  CsvLogger(folder.path / "new.csv", {.resume = true}).log_metrics({{"x", 1}}, 5);
+  CHECK(content(folder.path / "new.csv") == "step,x\n5,1\n");
+  CsvLogger(file).log_metrics({{"x", 1}}, 0);
+  CHECK(content(file) == "step,x\n0,1\n");
+}
+
 TEST_CASE("[issue-3.6] a folder that cannot be made is an error that names the file") {
   CHECK_THROWS_WITH(CsvLogger("/proc/nowhere/metrics.csv"), ContainsSubstring("/proc/nowhere/metrics.csv"));
 }
