@@ -60,6 +60,11 @@ struct Unaveraged {
 template <bool find_unused_parameters>
 class DdpModule {
  public:
+  DdpModule();
+  ~DdpModule();
+  DdpModule(const DdpModule&) = delete;
+  DdpModule& operator=(const DdpModule&) = delete;
+
   /// Makes parameters and buffers those of rank 0 on all ranks and hooks into backward. Throws fabric::Error, on all of
   /// them, when their modules do not have the same parameters and buffers.
   void setup(torch::nn::Module& module, const World& world, const DdpOptions& options);
@@ -68,22 +73,13 @@ class DdpModule {
   template <class Run>
   auto forward(Run&& run) {
     if (!reducer_ || !at::GradMode::is_enabled()) return std::forward<Run>(run)();
-    naming_unused([&] {  // both look at how the last backward ended
-      if (sync_gradients) reducer_->prepare_for_forward();
-      reducer_->rebuild_buckets();
-    });
-    if (sync_gradients) share_buffers();
+    prepare_for_forward();
     auto output = std::forward<Run>(run)();
-    buffers_differ_ = true;
-    if (sync_gradients) {
-      std::vector<at::Tensor> outputs;
-      if ((find_unused_parameters && !options_.static_graph) || delays_first_all_reduce()) {
-        tree::for_each(output, [&](const at::Tensor& tensor) { outputs.push_back(tensor); });
-      }
-      if (delays_first_all_reduce()) delay_first_all_reduce(outputs);
-      if (!find_unused_parameters || options_.static_graph) outputs.clear();
-      reducer_->prepare_for_backward(outputs);
+    std::vector<at::Tensor> outputs;
+    if (looks_for_unused() || delays_first_all_reduce()) {
+      tree::for_each(output, [&](const at::Tensor& tensor) { outputs.push_back(tensor); });
     }
+    prepare_for_backward(outputs);
     return output;
   }
 
@@ -118,6 +114,10 @@ class DdpModule {
   void compress() {
     reducer_->register_comm_hook(std::make_unique<CompressionHook<dtype>>(group_));
   }
+
+  [[nodiscard]] bool looks_for_unused() const { return find_unused_parameters && !options_.static_graph; }
+  void prepare_for_forward();
+  void prepare_for_backward(const std::vector<at::Tensor>& outputs);
 
   /// Gives all ranks rank 0's buffers, if a forward may have changed them since.
   void share_buffers() {
@@ -164,6 +164,28 @@ class DdpModule {
 };
 
 // Out of the class, and so not inline: fabric/separate.hpp has them compiled once.
+template <bool find_unused_parameters>
+DdpModule<find_unused_parameters>::DdpModule() = default;
+template <bool find_unused_parameters>
+DdpModule<find_unused_parameters>::~DdpModule() = default;
+
+template <bool find_unused_parameters>
+void DdpModule<find_unused_parameters>::prepare_for_forward() {
+  naming_unused([&] {  // both look at how the last backward ended
+    if (sync_gradients) reducer_->prepare_for_forward();
+    reducer_->rebuild_buckets();
+  });
+  if (sync_gradients) share_buffers();
+}
+
+template <bool find_unused_parameters>
+void DdpModule<find_unused_parameters>::prepare_for_backward(const std::vector<at::Tensor>& outputs) {
+  buffers_differ_ = true;
+  if (!sync_gradients) return;
+  if (delays_first_all_reduce()) delay_first_all_reduce(outputs);
+  reducer_->prepare_for_backward(looks_for_unused() ? outputs : std::vector<at::Tensor>());
+}
+
 template <bool find_unused_parameters>
 void DdpModule<find_unused_parameters>::setup(torch::nn::Module& module, const World& world,
                                               const DdpOptions& options) {
