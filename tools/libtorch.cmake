@@ -14,11 +14,10 @@
 set(fabric_libtorch_missing "")
 set(FABRIC_LIBTORCH "" CACHE PATH "The torch folder of your own LibTorch")
 # A build that configures itself again knows the environment no more, so the cache remembers it; another value replaces it.
-set(fabric_libtorch_default "" CACHE INTERNAL "FABRIC_LIBTORCH as the environment had it")
 if(NOT "$ENV{FABRIC_LIBTORCH}" STREQUAL "" AND
-    (NOT FABRIC_LIBTORCH OR FABRIC_LIBTORCH STREQUAL fabric_libtorch_default))
+    (NOT FABRIC_LIBTORCH OR FABRIC_LIBTORCH STREQUAL "${fabric_libtorch_default}"))
   set(FABRIC_LIBTORCH "$ENV{FABRIC_LIBTORCH}" CACHE PATH "" FORCE)
-  set(fabric_libtorch_default "$ENV{FABRIC_LIBTORCH}" CACHE INTERNAL "" FORCE)
+  set(fabric_libtorch_default "$ENV{FABRIC_LIBTORCH}" CACHE INTERNAL "FABRIC_LIBTORCH as the environment had it")
 endif()
 set(FABRIC_CUDA AUTO CACHE STRING "CUDA engines: AUTO (where LibTorch has CUDA), ON or OFF")
 

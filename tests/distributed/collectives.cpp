@@ -66,6 +66,8 @@ TEST_CASE("[issue-3.3] numbers are reduced in 64 bits") {
     REQUIRE(fabric.all_reduce(tenth, ReduceOp::max) == tenth);
     REQUIRE(fabric.all_reduce(16777217.0, ReduceOp::max) == 16777217.0);
     REQUIRE(fabric.all_reduce(odd, ReduceOp::max) == odd);
+    const std::uint64_t large = ~std::uint64_t{0};  // the same on all ranks comes back, bit for bit
+    REQUIRE(fabric.all_reduce(large, ReduceOp::max) == large);
   });
 }
 

@@ -124,6 +124,13 @@ int main(int argc, char** argv) try {
   CLI11_PARSE(app, argc, argv);
   (void)stop_was_requested();  // from here on, nobody is surprised by a signal
   if (arguments.dies) die_once(arguments);
+  if (std::getenv("TORCHELASTIC_RUN_ID") != nullptr) {
+    // The second one's group must not meet that of an attempt before, whose keys the agent's store still has.
+    dispatch<Jobs>(arguments.flags, [](auto& fabric) {
+      fabric.launch();
+      fabric.barrier();
+    });
+  }
   dispatch<Jobs>(arguments.flags, [&](auto& fabric) {
     const double result = fabric.launch([&](auto& on) { return run(on, arguments); });
     if (fabric.is_global_zero()) std::printf("result=%.6f\n", result);

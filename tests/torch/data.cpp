@@ -168,6 +168,7 @@ TEST_CASE("[issue-3.6] a loop inside another is an epoch of its own, and leaves 
     std::vector<Rows> inner;
     for (auto& batch : loader) {
       inner.push_back(targets(loader));
+      CHECK(loader.epoch() == 0);  // again that of this loop
       for (std::int64_t i = 0; i < batch.target.size(0); ++i) {
         outer.push_back(static_cast<std::size_t>(batch.target[i].item<std::int64_t>()));
       }

@@ -17,6 +17,7 @@
 #include <torch/torch.h>
 
 #include "fabric/fabric.hpp"
+#include "fabric/precision/bitsandbytes.hpp"
 #include "fabric/precision/transformer_engine.hpp"
 #include "support/catch.hpp"
 #include "support/reference.hpp"
@@ -407,6 +408,16 @@ TEST_CASE("[issue-5.5] what FP8 cannot do is refused") {
   CHECK_THROWS_WITH(torch::autograd::grad({out}, {x}, {}, true, /*create_graph=*/true),
                     ContainsSubstring("gradient of a gradient"));
   CHECK_THROWS(layer->clone());
+
+  const auto quantised = [](auto plugin) {
+    torch::nn::Linear other(32, 20);  // no size for FP8: it is refused all the same
+    decltype(plugin)::convert_module(*other);
+    const at::ScalarType bias = other->bias.scalar_type();
+    CHECK_THROWS_WITH(Fp8::convert_module(*other), ContainsSubstring("was quantised by Bitsandbytes before"));
+    CHECK(other->bias.scalar_type() == bias);
+  };
+  quantised(PrecisionPlugin<Bitsandbytes<BitsandbytesMode::nf4, F16>>());
+  quantised(PrecisionPlugin<Bitsandbytes<BitsandbytesMode::int8_training>>());
 }
 
 TEST_CASE("[issue-5.5] a module that is set up again follows the new recipe and keeps its scales") {

@@ -101,6 +101,9 @@ TEST_CASE("[issue-3.6] a CSV file that is resumed keeps the rows of the steps be
   logger.log_metrics({{"a,\"b\"", -1}, {"more", 9}}, 2);
   logger.log_metrics({{"a,\"b\"", -2}}, 3);
   CHECK(content(file) == "step,\"a,\"\"b\"\"\",more\n0,0,\n1,0.5,\n2,-1,9\n3,-2,\n");
+  std::filesystem::create_directory(folder.path / "folder.csv");
+  CHECK_THROWS_WITH(CsvLogger(folder.path / "folder.csv", {.resume = true}).log_metrics({{"x", 1}}, 0),
+                    ContainsSubstring("cannot read") && ContainsSubstring("folder.csv"));
   CsvLogger(folder.path / "new.csv", {.resume = true}).log_metrics({{"x", 1}}, 5);
   CHECK(content(folder.path / "new.csv") == "step,x\n5,1\n");
   CsvLogger(file).log_metrics({{"x", 1}}, 0);

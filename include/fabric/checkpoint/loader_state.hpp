@@ -74,7 +74,7 @@ void DataLoader<Dataset>::load_state_dict(const Value& state) {
                 std::to_string(batches) + " of epoch " + std::to_string(epoch));
   }
   next_ = {static_cast<std::uint64_t>(epoch), static_cast<std::size_t>(batches)};
-  given_.reset();
+  loops_.clear();
 }
 
 template <class Dataset>

@@ -129,7 +129,7 @@ template <class T>
 requires std::is_arithmetic_v<T>
 [[nodiscard]] T all_reduce(const World& world, T number, ReduceOp op = ReduceOp::mean) {
   using Wide = std::conditional_t<std::is_floating_point_v<T>, double, int64_t>;
-  const at::Tensor wide = at::scalar_tensor(number, c10::CppTypeToScalarType<Wide>::value);
+  const at::Tensor wide = at::scalar_tensor(static_cast<Wide>(number), c10::CppTypeToScalarType<Wide>::value);
   return static_cast<T>(all_reduce(world, wide, op).template item<Wide>());
 }
 

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <memory>
 #include <utility>
+#include <vector>
 
 #include <torch/data/dataloader.h>
 
@@ -49,6 +50,12 @@ class DataLoader {
     if (options.batch_size == 0) throw Error("fabric: setup_dataloader: batch_size is 0; one or more is legal");
   }
 
+  DataLoader(DataLoader&&) noexcept = default;
+  DataLoader& operator=(DataLoader&&) noexcept = default;
+  DataLoader(const DataLoader&) = delete;
+  DataLoader& operator=(const DataLoader&) = delete;
+  ~DataLoader() = default;
+
   /// How far the loop has come: batches that it got in the epoch.
   struct Given {
     std::uint64_t epoch = 0;
@@ -61,13 +68,15 @@ class DataLoader {
   /// leaves nothing behind, and one inside another is an epoch of its own. After `load_state_dict`, it goes on with the
   /// epoch in which the state was saved.
   Iterator begin() {
-    given_ = std::make_shared<Given>(next_);
+    const auto given = std::make_shared<Given>(next_);
+    std::erase_if(loops_, [](const auto& loop) { return loop.expired(); });
+    loops_.push_back(given);
     sampler_.set_epoch(next_.epoch, next_.batches * options_.batch_size);
     next_ = {next_.epoch + 1, 0};
     std::shared_ptr loader = torch::data::make_data_loader(
         dataset_, sampler_,
         torch::data::DataLoaderOptions(options_.batch_size).workers(options_.workers).drop_last(options_.drop_last));
-    const auto gave = [given = given_](bool more) {
+    const auto gave = [given](bool more) {
       *given = more ? Given{given->epoch, given->batches + 1} : Given{given->epoch + 1, 0};
     };
     return Iterator(std::make_shared<detail::Batches<Batch>>(detail::batches_of<Batch>(std::move(loader)), gave,
@@ -89,7 +98,7 @@ class DataLoader {
   /// The next `begin()` begins that epoch.
   void set_epoch(std::uint64_t epoch) {
     next_ = {epoch, 0};
-    given_.reset();
+    loops_.clear();
   }
   /// The epoch that the loop is in, or that the next one will be.
   [[nodiscard]] std::uint64_t epoch() const { return place().epoch; }
@@ -102,8 +111,13 @@ class DataLoader {
   void load_state_dict(const Value& state);
 
  private:
-  /// A loop that was left early is over: nobody holds its iterator any more.
-  [[nodiscard]] Given place() const { return given_.use_count() > 1 ? *given_ : next_; }
+  /// That of the innermost loop. One that was left early is over: nobody holds its iterator any more.
+  [[nodiscard]] Given place() const {
+    for (auto loop = loops_.rbegin(); loop != loops_.rend(); ++loop) {
+      if (const auto given = loop->lock()) return *given;
+    }
+    return next_;
+  }
 
   static std::size_t rows_of(const Dataset& dataset) {
     const auto rows = dataset.size();
@@ -115,7 +129,7 @@ class DataLoader {
   LoaderOptions options_;
   std::shared_ptr<detail::DeviceCopies> copies_;
   Given next_;
-  std::shared_ptr<Given> given_;  // of the loop that runs, or ran last
+  std::vector<std::weak_ptr<const Given>> loops_;  // that run, each inside the one before
   Dataset dataset_;
   DistributedSampler sampler_;
 };

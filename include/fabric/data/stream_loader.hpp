@@ -178,6 +178,12 @@ class StreamLoader {
     }
   }
 
+  StreamLoader(StreamLoader&&) noexcept = default;
+  StreamLoader& operator=(StreamLoader&&) noexcept = default;
+  StreamLoader(const StreamLoader&) = delete;  // a stream is in one place only
+  StreamLoader& operator=(const StreamLoader&) = delete;
+  ~StreamLoader() = default;
+
   /// Begins the next epoch, or the one that `set_epoch` named. After `load_state_dict`, it goes on with the epoch in
   /// which the state was saved; throws fabric::Error if the data set cannot go back there. A stream is in one place
   /// only: a loop that was not over then cannot go on, and says so.
@@ -188,18 +194,20 @@ class StreamLoader {
     loader_ =
         torch::data::make_data_loader(detail::StreamReader<Dataset>(stream_, options_.drop_last),
                                       torch::data::DataLoaderOptions(options_.batch_size).workers(options_.workers));
-    const auto gave = [given = given_, stream = stream_](bool more) {
+    // Owned here alone, for as long as no other loop begins.
+    const auto require_current = [current = std::weak_ptr(loader_)] {
+      if (!current.expired()) return;
+      throw Error(
+          "fabric: setup_dataloader: another loop over this stream has begun inside this one, which cannot go on: end "
+          "one before the next, or set up a second loader");
+    };
+    const auto gave = [given = given_, stream = stream_, require_current](bool more) {
+      require_current();  // for what was read ahead
       *given = more ? Given{given->epoch, given->batches + 1, stream->pop_state()} : Given{given->epoch + 1, 0, {}};
     };
-    // Owned here alone, for as long as no other loop begins.
-    auto read = [world = world_, current = std::weak_ptr(loader_), ends = ends(),
+    auto read = [world = world_, require_current, ends = ends(),
                  next = detail::batches_of<Batch>(std::shared_ptr<Loader>(loader_.get(), [](Loader*) {}))]() mutable {
-      if (current.expired()) {
-        throw Error(
-            "fabric: setup_dataloader: another loop over this stream has begun inside this one, which cannot go on: "
-            "end "
-            "one before the next, or set up a second loader");
-      }
+      require_current();
       return ends ? together(world, next) : next();
     };
     return Iterator(

@@ -235,7 +235,7 @@ class Hub {
     remind_at_ = Clock::time_point::max();
     const std::string text = "fabric: launch: rank 0 on " + options_.own.host + " still waits, of " +
                              std::to_string(options_.own.size) + " ranks, for these: " + missing() + "\n";
-    (void)!write(STDERR_FILENO, text.data(), text.size());
+    if (options_.output >= 0) (void)!write(options_.output, text.data(), text.size());
   }
 
   void give_up() {

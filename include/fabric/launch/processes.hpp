@@ -268,6 +268,7 @@ template <class = void>
   World& world = place.world;
   detail::Job& job = detail::Job::of_this_process();
   static std::string address;
+  static std::string run;  // with the attempt's own identity, where a store outlives attempts
   static std::string cores;
   const bool comes = !job.joined();
   if (comes) {
@@ -278,6 +279,7 @@ template <class = void>
     }
     if (!place.external) detail::divide_threads(place.local_size);  // before that is settled for the children
     address = detail::come_together(place, options, console);
+    run = place.meeting.run;
     cores = "fabric/" + place.meeting.run + "/cores/" + detail::network_identity() + "/" + detail::usable_cores();
     if (place.external) job.store->add(cores, 1);
   } else if (job.size() != world.size) {
@@ -288,7 +290,7 @@ template <class = void>
   const char* interface = std::getenv("GLOO_SOCKET_IFNAME");
   world.group = make_process_group(world, device,
                                    {.store = job.store,
-                                    .name = "fabric/" + place.meeting.run + "/" + std::to_string(groups++),
+                                    .name = "fabric/" + run + "/" + std::to_string(groups++),
                                     .device = interface != nullptr ? interface : address,
                                     .device_is_interface = interface != nullptr,
                                     .timeout = options.timeout,

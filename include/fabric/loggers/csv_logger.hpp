@@ -43,7 +43,8 @@ class CsvLogger : public Logger {
   CsvLogger& operator=(const CsvLogger&) = delete;
 
   void log_metrics(const Metrics& metrics, std::optional<std::int64_t> step) override {
-    if (std::exchange(options_.resume, false)) take_over(step);
+    if (options_.resume) take_over(step);
+    options_.resume = false;
     Row row(columns_.size());
     const auto cell = [&](const std::string& name) -> std::string& {
       const std::size_t place = column(name);
@@ -101,7 +102,10 @@ class CsvLogger : public Logger {
   [[nodiscard]] std::vector<Row> read() const {
     std::vector<Row> rows;
     std::FILE* file = std::fopen(path_.c_str(), "r");
-    if (file == nullptr) return rows;
+    if (file == nullptr) {
+      if (errno != ENOENT) fail("read");
+      return rows;
+    }
     Row row(1);
     bool in_quotes = false;
     int before = 0;
@@ -119,7 +123,9 @@ class CsvLogger : public Logger {
       }
       before = c;
     }
+    const bool whole = std::ferror(file) == 0;
     std::fclose(file);
+    if (!whole) fail("read");
     return rows;
   }
 

@@ -232,9 +232,15 @@ class PrecisionPlugin<TransformerEngine<Weights>> : public detail::TruePrecision
   /// recipe that means nothing, and for layers whose weights are quantised (Bitsandbytes).
   static void convert_module(torch::nn::Module& module, const Options& options = {}, const World& world = {}) {
     fp8::check(options.recipe);
+    const auto linears = detail::linears_of(module);
+    for (const auto& [name, layer] : linears) {
+      const auto known = LinearSubstitutes::instance().find(layer->weight);
+      if (!known || std::dynamic_pointer_cast<detail::Fp8Linear>(known)) continue;
+      throw Error("fabric: setup: FP8: the weight of " + (name.empty() ? "the module" : name) +
+                  " was quantised by Bitsandbytes before: make the module anew");
+    }
     detail::convert_floats(module, Base::dtype);
     if (!options.replace_layers) return;
-    const auto linears = detail::linears_of(module);
     const auto layers = std::make_shared<detail::Fp8Layers>(options.recipe, world);
     std::vector<std::string> left;
     for (const auto& [name, layer] : linears) {
@@ -246,12 +252,7 @@ class PrecisionPlugin<TransformerEngine<Weights>> : public detail::TruePrecision
                        std::to_string(out) + ")");
         continue;
       }
-      const auto known = LinearSubstitutes::instance().find(layer->weight);
-      auto substitute = std::dynamic_pointer_cast<detail::Fp8Linear>(known);
-      if (known && !substitute) {
-        throw Error("fabric: setup: FP8: the weight of " + (name.empty() ? "the module" : name) +
-                    " was quantised by Bitsandbytes before: make the module anew");
-      }
+      auto substitute = std::dynamic_pointer_cast<detail::Fp8Linear>(LinearSubstitutes::instance().find(layer->weight));
       if (!substitute) {
         substitute = std::make_shared<detail::Fp8Linear>(layer->weight.device());
         LinearSubstitutes::instance().add(layer->weight, substitute);

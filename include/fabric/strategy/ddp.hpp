@@ -99,10 +99,7 @@ class DdpModule {
   /// when they evaluate, each at its own pace.
   void before_step();
   /// The mean of the ranks' losses: an optimizer that goes by its loss must go the same way on all of them.
-  [[nodiscard]] at::Tensor mean_loss(const at::Tensor& loss) const {
-    const World ranks{.size = group_->getSize(), .device = loss.device(), .group = group_};
-    return all_reduce(ranks, loss.detach());
-  }
+  [[nodiscard]] at::Tensor mean_loss(const at::Tensor& loss) const { return all_reduce(world_, loss.detach()); }
   /// An optimizer's gradients are gone, and with them what was not averaged, unless others have some of it.
   void after_zero_grad(const torch::optim::Optimizer& optimizer);
 
@@ -112,7 +109,7 @@ class DdpModule {
  private:
   template <at::ScalarType dtype>
   void compress() {
-    reducer_->register_comm_hook(std::make_unique<CompressionHook<dtype>>(group_));
+    reducer_->register_comm_hook(std::make_unique<CompressionHook<dtype>>(world_.group));
   }
 
   [[nodiscard]] bool looks_for_unused() const { return find_unused_parameters && !options_.static_graph; }
@@ -122,7 +119,7 @@ class DdpModule {
   /// Gives all ranks rank 0's buffers, if a forward may have changed them since.
   void share_buffers() {
     if (!options_.broadcast_buffers || !std::exchange(buffers_differ_, false)) return;
-    detail::broadcast_in_place(group_, buffers_);
+    detail::broadcast_in_place(world_.group, buffers_);
   }
 
   /// With a static graph the first backward finds out how often each parameter is used; reducing waits until it is
@@ -150,7 +147,7 @@ class DdpModule {
     }
   }
 
-  c10::intrusive_ptr<c10d::ProcessGroup> group_;
+  World world_;
   DdpOptions options_;
   bool buffers_differ_ = false;
   // Shared with hooks, which may outlive this.
@@ -189,7 +186,7 @@ void DdpModule<find_unused_parameters>::prepare_for_backward(const std::vector<a
 template <bool find_unused_parameters>
 void DdpModule<find_unused_parameters>::setup(torch::nn::Module& module, const World& world,
                                               const DdpOptions& options) {
-  group_ = world.group;
+  world_ = world;
   options_ = options;
   std::vector<at::Tensor> replicated;
   std::vector<std::string> description;
@@ -212,7 +209,7 @@ void DdpModule<find_unused_parameters>::setup(torch::nn::Module& module, const W
     description.push_back(detail::described(buffer.key(), buffer.value()));
   }
   detail::require_agreement(world, "setup", description);
-  detail::broadcast_in_place(group_, replicated);
+  detail::broadcast_in_place(world_.group, replicated);
   if (parameters_.empty()) return;  // nothing to train, nothing to reduce
 
   constexpr double mb = 1024.0 * 1024.0;
@@ -222,7 +219,7 @@ void DdpModule<find_unused_parameters>::setup(torch::nn::Module& module, const W
       parameters_, {static_cast<size_t>(first_capacity), static_cast<size_t>(capacity)});
   reducer_ = libtorch::make_reducer({.parameters = parameters_,
                                      .buckets = {buckets.rbegin(), buckets.rend()},  // backward begins at the end
-                                     .group = group_,
+                                     .group = world_.group,
                                      .bucket_bytes = capacity,
                                      .first_bucket_bytes = first_capacity,
                                      .find_unused_parameters = find_unused_parameters,
