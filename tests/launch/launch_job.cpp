@@ -125,7 +125,7 @@ int main(int argc, char** argv) try {
   (void)stop_was_requested();  // from here on, nobody is surprised by a signal
   if (arguments.dies) die_once(arguments);
   if (std::getenv("TORCHELASTIC_RUN_ID") != nullptr) {
-    // The second one's group must not meet that of an attempt before, whose keys the agent's store still has.
+    // Two Fabrics, one after the other, in each attempt.
     dispatch<Jobs>(arguments.flags, [](auto& fabric) {
       fabric.launch();
       fabric.barrier();
