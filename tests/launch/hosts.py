@@ -25,8 +25,6 @@ def remove():
 
 
 def make():
-    if not shutil.which("ip"):
-        skip("no ip: install iproute2")
     if ip("netns", "add", hosts[0], check=False).returncode != 0:
         skip("this user may not make network namespaces")
     ip("netns", "add", hosts[1])
@@ -111,6 +109,8 @@ def test_host_that_vanishes():
     print(f"a host that vanishes: both sides ended after {took:.1f} s", flush=True)
 
 
+if not shutil.which("ip"):
+    skip("no ip: install iproute2")
 try:
     make()
     for test in [value for name, value in list(globals().items()) if name.startswith("test_")]:

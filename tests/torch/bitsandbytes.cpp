@@ -430,6 +430,15 @@ TEST_CASE("[issue-5.6] a state of floats is quantised as it is loaded") {
       if (item.key() == "0.bias") continue;
       CHECK(item.value().equal(net->named_parameters()[item.key()]));
     }
+    {
+      const torch::NoGradGuard no_grad;
+      net->named_parameters()["0.bias"].copy_(expected->named_parameters()["0.bias"]);
+    }
+    // Computed by the packed weights still, in the compute dtype, which the load has not changed.
+    const typename decltype(plugin)::ForwardContext context(at::kCPU);
+    const at::Tensor x = torch::ones({2, 64}, at::kFloat);
+    CHECK(net->forward(x).equal(expected->forward(x)));
+    CHECK(net->forward(x).equal(net->forward(decltype(plugin)::convert_input(x)).to(at::kFloat)));
   };
   check(Nf4());
   check(PrecisionPlugin<Bitsandbytes<Mode::fp4_dq>>());

@@ -98,9 +98,10 @@ TEST_CASE("[issue-3.6] a CSV file that is resumed keeps the rows of the steps be
   std::ofstream(file, std::ios::app) << "4,7";  // cut off
   CsvLogger logger(file, {.resume = true});
   CHECK(content(file) == "step,\"a,\"\"b\"\"\"\n0,0\n1,0.5\n2,1\n3,1.5\n4,7");  // until there is something to log
+  logger.log_metrics({{"more", 5}}, {});                                        // which says nothing about steps
   logger.log_metrics({{"a,\"b\"", -1}, {"more", 9}}, 2);
   logger.log_metrics({{"a,\"b\"", -2}}, 3);
-  CHECK(content(file) == "step,\"a,\"\"b\"\"\",more\n0,0,\n1,0.5,\n2,-1,9\n3,-2,\n");
+  CHECK(content(file) == "step,\"a,\"\"b\"\"\",more\n0,0,\n1,0.5,\n,,5\n2,-1,9\n3,-2,\n");
   std::filesystem::create_directory(folder.path / "folder.csv");
   CHECK_THROWS_WITH(CsvLogger(folder.path / "folder.csv", {.resume = true}).log_metrics({{"x", 1}}, 0),
                     ContainsSubstring("cannot read") && ContainsSubstring("folder.csv"));

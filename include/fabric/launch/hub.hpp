@@ -60,8 +60,10 @@ struct Hello {
     }
     if (reached) return {};
     return "rank " + std::to_string(other.rank) + " on " + other.host + " would listen on " + other.device +
-           ", where other hosts cannot reach it, because of " + other.chosen_by +
-           ": unset it, or name the interface that connects the hosts";
+           ", where other hosts cannot reach it" +
+           (other.chosen_by.empty()
+                ? ": name the interface that connects the hosts by GLOO_SOCKET_IFNAME"
+                : ", because of " + other.chosen_by + ": unset it, or name the interface that connects the hosts");
   }
 };
 
@@ -202,9 +204,9 @@ class Hub {
       own_address = address_of(member.link.fd());  // by which somebody else reached this host
     }
     for (const Member& member : members_) {
-      if (!several_hosts || member.hello.chosen_by.empty()) continue;
       // Of those beside rank 0, only a loopback address is known not to be reached.
       const bool beside = member.hello.network == first.network;
+      if (!several_hosts || (member.hello.chosen_by.empty() && (beside || !is_loopback(member.hello.device)))) continue;
       const std::string reason = Hello::why_unreachable(member.hello, beside ? 0 : member.hello.listens_at);
       if (!reason.empty()) return refuse_all(reason);
     }

@@ -193,7 +193,9 @@ inline std::string address_of_interface(const std::string& name) {
     if ((", " + names + ",").find(std::string(", ") + each->ifa_name + ",") == std::string::npos) {
       names += (names.empty() ? "" : ", ") + std::string(each->ifa_name);
     }
-    if (name != each->ifa_name || (!found.empty() && family == AF_INET6)) continue;
+    // The first one of IPv4, as gloo takes it.
+    if (name != each->ifa_name || (!found.empty() && (family == AF_INET6 || found.find(':') == std::string::npos)))
+      continue;
     char text[NI_MAXHOST] = "";
     const socklen_t size = family == AF_INET ? sizeof(sockaddr_in) : sizeof(sockaddr_in6);
     if (getnameinfo(each->ifa_addr, size, text, sizeof text, nullptr, 0, NI_NUMERICHOST) == 0) found = text;

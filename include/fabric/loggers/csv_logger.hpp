@@ -21,8 +21,8 @@ namespace fabric {
 
 /// What may be chosen of a `CsvLogger`.
 struct CsvLoggerOptions {
-  /// Go on with the file that is there: rows of steps before the first one that is logged are kept. Else it is
-  /// replaced.
+  /// Go on with the file that is there: its rows of the first step that is logged and of later ones go, all others
+  /// stay. So all rows count their steps alike. Else the file is replaced.
   bool resume = false;
 };
 
@@ -43,8 +43,8 @@ class CsvLogger : public Logger {
   CsvLogger& operator=(const CsvLogger&) = delete;
 
   void log_metrics(const Metrics& metrics, std::optional<std::int64_t> step) override {
-    if (options_.resume) take_over(step);
-    options_.resume = false;
+    if (options_.resume && (step || columns_.empty())) take_over(step);
+    if (step) options_.resume = false;
     Row row(columns_.size());
     const auto cell = [&](const std::string& name) -> std::string& {
       const std::size_t place = column(name);

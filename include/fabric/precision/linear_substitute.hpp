@@ -72,9 +72,11 @@ class LinearSubstitutes {
     substitute->weight_ = weight.unsafeGetTensorImpl();
     by_weight_[substitute->weight_] = substitute;
   }
+  /// The substitute of that weight is gone; another one may have come in its place meanwhile, and stays.
   void remove(const c10::TensorImpl* weight) {
     const std::unique_lock lock(mutex_);
-    by_weight_.erase(weight);
+    const auto found = by_weight_.find(weight);
+    if (found != by_weight_.end() && found->second.expired()) by_weight_.erase(found);
   }
 
   /// The key under which the operators are intercepted: one that LibTorch leaves to other libraries (torchdistx had

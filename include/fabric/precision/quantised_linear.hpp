@@ -248,10 +248,10 @@ inline at::Tensor Linear8bit::product(const at::Tensor& x, const at::Tensor& wei
 
 /// Puts a packed weight into a layer and the rest beside it.
 inline void install(torch::nn::LinearImpl& layer, const Linear4bit::Parts& parts) {
-  if (layer.named_children().contains("weight")) layer.unregister_module("weight");
   const auto substitute = std::make_shared<Linear4bit>(parts);
   const auto before = std::dynamic_pointer_cast<Linear4bit>(LinearSubstitutes::instance().find(layer.weight));
   if (before) substitute->compute = before->compute;
+  if (layer.named_children().contains("weight")) layer.unregister_module("weight");
   replace_weight(layer.weight, parts.packed);
   layer.register_module("weight", substitute);
   LinearSubstitutes::instance().add(layer.weight, substitute);
