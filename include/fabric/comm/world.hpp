@@ -6,8 +6,8 @@
 
 namespace fabric {
 
-/// The processes that train together, as one of them sees it. `group` is null without a strategy
-/// of several processes; one of them may have a single process, too.
+/// The processes that train together, as one of them sees it. `group` is null under a strategy
+/// of one process, as `SingleDevice`; under others it is there for a single process, too.
 struct World {
   int size = 1;
   int global_rank = 0;

@@ -59,10 +59,10 @@ class Batches {
   std::exception_ptr failure_;
 };
 
-/// What reads a LibTorch loader, which it owns, from the beginning: a `Batches::Read`.
+/// What reads a LibTorch loader from the beginning, as long as that lives: a `Batches::Read`.
 template <class Batch, class Loader>
-auto batches_of(std::shared_ptr<Loader> loader) {
-  return [at = loader->begin(), end = loader->end(), loader, first = true]() mutable -> std::optional<Batch> {
+auto batches_of(Loader& loader) {
+  return [at = loader.begin(), end = loader.end(), first = true]() mutable -> std::optional<Batch> {
     if (!std::exchange(first, false)) ++at;
     if (at == end) return std::nullopt;
     return std::move(*at);

@@ -79,8 +79,9 @@ class DataLoader {
     const auto gave = [given](bool more) {
       *given = more ? Given{given->epoch, given->batches + 1} : Given{given->epoch + 1, 0};
     };
-    return Iterator(std::make_shared<detail::Batches<Batch>>(detail::batches_of<Batch>(std::move(loader)), gave,
-                                                             copies_, copies_->beside()));
+    auto read = [loader, next = detail::batches_of<Batch>(*loader)]() mutable { return next(); };
+    return Iterator(
+        std::make_shared<detail::Batches<Batch>>(std::move(read), gave, copies_, /*ahead=*/copies_->beside()));
   }
   /// The end of the epoch that `begin` began.
   Iterator end() { return {}; }

@@ -205,8 +205,7 @@ class StreamLoader {
       require_current();  // for what was read ahead
       *given = more ? Given{given->epoch, given->batches + 1, stream->pop_state()} : Given{given->epoch + 1, 0, {}};
     };
-    auto read = [world = world_, require_current, ends = ends(),
-                 next = detail::batches_of<Batch>(std::shared_ptr<Loader>(loader_.get(), [](Loader*) {}))]() mutable {
+    auto read = [world = world_, require_current, ends = ends(), next = detail::batches_of<Batch>(*loader_)]() mutable {
       require_current();
       return ends ? together(world, next) : next();
     };

@@ -200,9 +200,9 @@ class PrecisionPlugin<Bitsandbytes<mode, Compute>> : public detail::TruePrecisio
     } else {
       constexpr bool nf4 = mode == BitsandbytesMode::nf4 || mode == BitsandbytesMode::nf4_dq;
       constexpr bool nested = mode == BitsandbytesMode::nf4_dq || mode == BitsandbytesMode::fp4_dq;
-      detail::install(layer, detail::Linear4bit::quantise(
-                                 layer.weight, nf4 ? quantisation::Code4::nf4 : quantisation::Code4::fp4, nested));
-      share(layer, LinearSubstitutes::instance().find(layer.weight));
+      constexpr auto code = nf4 ? quantisation::Code4::nf4 : quantisation::Code4::fp4;
+      const auto substitute = detail::install(layer, detail::Linear4bit::quantise(layer.weight, code, nested));
+      substitute->compute = Base::dtype;
     }
   }
   /// Another layer with the same weight was quantised: its substitute, and what goes with it, belong to this one too.

@@ -246,8 +246,8 @@ inline at::Tensor Linear8bit::product(const at::Tensor& x, const at::Tensor& wei
   return as_shape_of(x, out.to(x.scalar_type()));
 }
 
-/// Puts a packed weight into a layer and the rest beside it.
-inline void install(torch::nn::LinearImpl& layer, const Linear4bit::Parts& parts) {
+/// Puts a packed weight into a layer and the rest beside it. Returns what computes it from here on.
+inline std::shared_ptr<Linear4bit> install(torch::nn::LinearImpl& layer, const Linear4bit::Parts& parts) {
   const auto substitute = std::make_shared<Linear4bit>(parts);
   const auto before = std::dynamic_pointer_cast<Linear4bit>(LinearSubstitutes::instance().find(layer.weight));
   if (before) substitute->compute = before->compute;
@@ -255,6 +255,7 @@ inline void install(torch::nn::LinearImpl& layer, const Linear4bit::Parts& parts
   replace_weight(layer.weight, parts.packed);
   layer.register_module("weight", substitute);
   LinearSubstitutes::instance().add(layer.weight, substitute);
+  return substitute;
 }
 /// Likewise one of 8 bits.
 inline void install(torch::nn::LinearImpl& layer, const quantisation::Int8Rows& rows) {
