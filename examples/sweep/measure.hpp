@@ -2,15 +2,14 @@
 #pragma once
 
 #include <chrono>
+#include <memory>
 #include <utility>
 
 #include <fabric/separate.hpp>
 #include <torch/torch.h>
 
 #include "menu.hpp"
-
-/// The network that is trained, the same for all entries.
-torch::nn::Sequential make_mlp(const Settings& settings);
+#include "task.hpp"
 
 template <class F>
 Result measure(const Settings& settings) {
@@ -19,17 +18,16 @@ Result measure(const Settings& settings) {
   F fabric(std::move(options));
   fabric.launch();
   at::set_num_threads(1);
-  fabric::seed_everything(0);
-  auto net = fabric.init_module([&] { return make_mlp(settings); });
-  const auto inputs = torch::randn({settings.batch_size, settings.width});
-  const auto targets = torch::rand({settings.batch_size, settings.width});
-  auto [model, optimizer] = fabric.setup(net, torch::optim::SGD(net->parameters(), 0.01));
+  fabric.seed_everything(0);
+  auto net = fabric.init_module([&] { return std::make_shared<Mlp>(settings); });
+  const Batch batch = make_batch(settings);
+  auto [model, optimizer] = fabric.setup(net, make_optimizer(*net));
 
   at::Tensor loss;
   const auto train = [&, &model = model, &optimizer = optimizer](int steps) {
     for (int step = 0; step < steps; ++step) {
       optimizer.zero_grad();
-      loss = torch::mse_loss(model(inputs), targets);
+      loss = torch::mse_loss(model(batch.inputs), batch.targets);
       fabric.backward(loss);
       optimizer.step();
     }

@@ -1,15 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include <algorithm>
 #include <chrono>
-#include <cstdint>
-#include <cstdio>
+#include <cstddef>
 #include <functional>
 #include <map>
 #include <memory>
-#include <optional>
-#include <sstream>
 #include <string>
 #include <tuple>
 #include <type_traits>
@@ -20,30 +16,29 @@
 #include <torch/optim/optimizer.h>
 
 #include "fabric/callback.hpp"
-#include "fabric/comm/agreement.hpp"
 #include "fabric/comm/collectives.hpp"
 #include "fabric/comm/world.hpp"
-#include "fabric/connector/resolve_here.hpp"
+#include "fabric/connector/flags.hpp"
 #include "fabric/connector/selection.hpp"
 #include "fabric/data/data_loader.hpp"
+#include "fabric/data/distributed_sampler.hpp"
 #include "fabric/data/stream_loader.hpp"
-#include "fabric/device.hpp"
-#include "fabric/error.hpp"
-#include "fabric/launch/preemption.hpp"
+#include "fabric/fabric_base.hpp"
 #include "fabric/launch/processes.hpp"
 #include "fabric/loggers/logger.hpp"
 #include "fabric/module/clip_gradients.hpp"
 #include "fabric/module/deferred.hpp"
 #include "fabric/module/fabric_module.hpp"
 #include "fabric/module/fabric_optimizer.hpp"
-#include "fabric/module/parameters.hpp"
+#include "fabric/module/known_modules.hpp"
 #include "fabric/optim/state_tensors.hpp"
 #include "fabric/policy/diagnose.hpp"
+#include "fabric/policy/rules.hpp"
+#include "fabric/policy/strategy.hpp"
 #include "fabric/policy/strategy_precision.hpp"
 #include "fabric/precision/grad_scaler.hpp"
 #include "fabric/precision/precision_plugin.hpp"
 #include "fabric/strategy/engine_diagnosis.hpp"
-#include "fabric/tree.hpp"
 
 namespace fabric {
 
@@ -72,10 +67,11 @@ inline constexpr std::chrono::milliseconds default_patience = std::chrono::minut
 /// loop is the user's own: it calls `setup` on its modules and optimizers and `backward` on its loss, and the types do
 /// the rest. Policies that do not go together do not compile; the compiler then names the nearest ones that do.
 template <class Accelerator, class Strategy, class Precision, class Environment>
-class Fabric {
+class Fabric : public FabricBase<> {
   static_assert(diagnose<Accelerator, Strategy, Precision, Environment>());
   static_assert(diagnose_engine<Accelerator, Strategy, Precision, Environment>());
 
+  using Base = FabricBase<>;
   using Code = detail::CodeFor<Accelerator, Strategy, Precision>;
 
  public:
@@ -96,35 +92,15 @@ class Fabric {
   /// Resolves the options against this machine and its variables. Throws fabric::Error that names every problem.
   Fabric() : Fabric(Options{}) {}
   explicit Fabric(Options options)
-      : Fabric(
-            resolve_here(flags_for<Accelerator, Strategy, Precision, Environment>(options.devices, options.num_nodes)),
-            std::move(options)) {}
+      : Fabric(Base::resolved(own_flags, options.devices, options.num_nodes), std::move(options)) {}
 
   /// Runs on what the connector selected; `options.devices` and `num_nodes` are the selection's. Throws fabric::Error
   /// if the selection is of other policies.
   explicit Fabric(const Selection& selection, Options options = {})
-      : selection_(selection),
+      : Base(selection, own, std::move(options.loggers), std::move(options.callbacks)),
         engine_(merged(options.strategy, selection)),
         precision_(std::move(options.precision)),
-        loggers_(std::move(options.loggers)),
-        callbacks_(std::move(options.callbacks)),
-        device_(device_of(selection, 0)),
         scaler_(make_scaler(precision_)) {
-    constexpr Combination own = combination_v<Accelerator, Strategy, Precision, Environment>;
-    if (!selects(selection, own)) {
-      throw Error("fabric: this is a " + name_of(own) + ", but the selection says " +
-                  name_of({selection.accelerator, selection.strategy, selection.precision}));
-    }
-    if constexpr (is_parallel(Strategy::facts)) {
-      // Before launch() a process that somebody else started has a rank already, and only rank 0 may print.
-      world_.size = selection.world_size.value;
-      world_.global_rank = selection.global_rank.value;
-      world_.local_rank = selection.local_rank.value;
-      world_.node_rank = selection.node_rank.value;
-    } else {
-      activate(device_);
-    }
-    world_.device = device_;
     if constexpr (Plugin::has_scaler) scaler_->join(world_);
   }
 
@@ -136,13 +112,9 @@ class Fabric {
   /// need not call it. `DdpSpawn` and `DdpFork` start all ranks anew: then this process only waits for them, and ends
   /// as they do. Throws fabric::Error for variables that contradict the options.
   void launch() {
-    if (launched_) throw Error("fabric: launch() was called twice on the same Fabric");
-    world_ = engine_.launch(selection_, device_);
-    device_ = device_of(selection_, world_.local_rank);
-    activate(device_);
-    world_.device = device_;
+    require_first_launch();
+    has_launched(engine_.launch(selection_, device_));
     if constexpr (Plugin::has_scaler) scaler_->join(world_);
-    launched_ = true;
   }
   /// `launch()`, then `function(*this, arguments...)` in all processes. Returns what that returns; where the processes
   /// are spawned or forked for it, rank 0's result, in this process, which is no rank: numbers, texts, tensors, and
@@ -201,13 +173,17 @@ class Fabric {
     using Loader = typename LoaderFor<std::remove_cvref_t<Dataset>>::type;
     if constexpr (StreamsRows<std::remove_cvref_t<Dataset>>) {
       const bool ends = std::remove_cvref_t<Dataset>::is_stateful || dataset.size().has_value();
-      detail::require_agreement(
-          world_, "setup_dataloader",
-          {std::string("a stream ") + (ends ? "with an end" : "without end"),
-           "batches of " + std::to_string(options.batch_size) + (options.drop_last ? ", full" : "")});
+      agree_on_stream(ends, options);
       return Loader(std::forward<Dataset>(dataset), data_world(), options, device_);
     } else {
-      return Loader(std::forward<Dataset>(dataset), dealt(dataset.size(), options), options, device_);
+      agree_on_rows(dataset.size(), options);
+      const World data = data_world();
+      const Shares shares{.replicas = static_cast<std::size_t>(data.size),
+                          .rank = static_cast<std::size_t>(data.global_rank),
+                          .shuffle = options.shuffle,
+                          .seed = options.seed,
+                          .pad = options.pad};
+      return Loader(std::forward<Dataset>(dataset), shares, options, device_);
     }
   }
 
@@ -217,26 +193,19 @@ class Fabric {
   void backward(const at::Tensor& loss, const at::Tensor& gradient = {}, bool retain_graph = false) {
     if (!loss.requires_grad()) [[unlikely]]
       refuse_loss(loss);
-    const auto run = [&] {
-      detail::naming_collective(world_, [&] {
-        if constexpr (Plugin::has_scaler) {
-          scaler_->scale(loss).backward(gradient, retain_graph);
-        } else {
-          loss.backward(gradient, retain_graph);
-        }
-      });
-    };
-    if constexpr (requires(ModuleState & state) { Engine::abandon_backward(state); }) {
-      try {
-        run();
-      } catch (...) {
-        for_each_state([](ModuleState& state) { Engine::abandon_backward(state); });
-        throw;
+    try {
+      if constexpr (Plugin::has_scaler) {
+        scaler_->scale(loss).backward(gradient, retain_graph);
+      } else {
+        loss.backward(gradient, retain_graph);
       }
-    } else {
-      run();
+    } catch (...) {
+      if constexpr (requires(ModuleState & state) { Engine::abandon_backward(state); }) {
+        modules_.for_each([](ModuleState& state) { Engine::abandon_backward(state); });
+      }
+      detail::rethrow_naming_collective(world_);
     }
-    for_each_state([](ModuleState& state) { Engine::after_backward(state); });
+    modules_.for_each([](ModuleState& state) { Engine::after_backward(state); });
   }
 
   /// Clips the gradients of a module that `setup` returned, all together by their norm; returns the norm from before.
@@ -290,19 +259,6 @@ class Fabric {
     return typename Plugin::ForwardContext(device_.type());
   }
 
-  /// The tensors of a tree, or a module, on this rank's device.
-  template <class T>
-  [[nodiscard]] tree::Bare<T> to_device(T&& value) const {
-    require_launch("to_device");
-    if constexpr (ModuleArgument<T>) {
-      auto module = detail::shared_module(value);
-      module->to(device_);
-      return std::forward<T>(value);
-    } else {
-      return tree::map(std::forward<T>(value), [this](const at::Tensor& tensor) { return tensor.to(device_); });
-    }
-  }
-
   /// The module that `make()` returns, made in this precision's dtype and moved to the device.
   template <class Make>
   [[nodiscard]] auto init_module(Make&& make) const {
@@ -334,54 +290,6 @@ class Fabric {
         /*defers=*/requires { Engine::moves_modules; });
   }
 
-  /// Runs `function` on global rank 0 (with `local`: on each node's local rank 0) before the other ranks do, so that
-  /// the first finds nothing and the others what it made, such as a download. Returns what `function` returns.
-  template <class Function>
-  auto rank_zero_first(Function&& function, bool local = false) const {
-    require_launch("rank_zero_first");
-    const bool first = local ? world_.local_rank == 0 : is_global_zero();
-    if (!first) barrier();
-    if constexpr (std::is_void_v<std::invoke_result_t<Function>>) {
-      std::forward<Function>(function)();
-      if (first) barrier();
-    } else {
-      auto result = std::forward<Function>(function)();
-      if (first) barrier();
-      return result;
-    }
-  }
-
-  /// Writes the values and a line end to standard output, on global rank 0 only.
-  template <class... Values>
-  void print(const Values&... values) const {
-    if (!is_global_zero()) return;
-    std::ostringstream line;
-    (line << ... << values);
-    std::puts(line.str().c_str());
-    std::fflush(stdout);
-  }
-
-  /// Tells the loggers a metric, on global rank 0 only. A tensor must have one element.
-  void log(const std::string& name, double value, std::optional<std::int64_t> step = std::nullopt) {
-    log_dict({{name, value}}, step);
-  }
-  void log(const std::string& name, const at::Tensor& value, std::optional<std::int64_t> step = std::nullopt) {
-    if (is_global_zero() && !loggers_.empty()) log(name, value.item<double>(), step);
-  }
-  /// Several metrics as one row.
-  void log_dict(const Metrics& metrics, std::optional<std::int64_t> step = std::nullopt) {
-    if (!is_global_zero()) return;
-    for (const auto& logger : loggers_) logger->log_metrics(metrics, step);
-  }
-
-  /// Calls `hook` on each callback that has it, in their order.
-  template <class Hooks, class... Parameters, class... Arguments>
-  void call(void (Hooks::*hook)(Parameters...), const Arguments&... arguments) {
-    for (const auto& callback : callbacks_) {
-      if (auto* hooks = dynamic_cast<Hooks*>(callback.get())) (hooks->*hook)(arguments...);
-    }
-  }
-
   /// Writes modules, optimizers, tensors, numbers and more into one file, which is there whole or not at all and which
   /// Python's `torch.load(path, weights_only=True)` reads. All ranks call it; rank 0 writes. `state` names what is
   /// saved: `fabric.save("last.pt", {{"model", model}, {"optimizer", optimizer}, {"epoch", epoch}})`, or it is a struct
@@ -408,71 +316,13 @@ class Fabric {
     return detail::Checkpointing<Io>::load(*this, path, state, strict, patience);
   }
 
-  /// True on all ranks, at the same call, once one of them has been sent SIGTERM or SIGUSR1: time to save, to leave the
-  /// loop and to end with `preempted_exit_code`. To be called by all ranks at the end of each step, where it costs
-  /// nothing. From the first call on, these signals no longer end the process.
-  [[nodiscard]] static bool should_stop() { return detail::should_stop(); }
-
-  /// Waits for all ranks.
-  void barrier() const {
-    require_launch("barrier");
-    fabric::barrier(world_);
-  }
-  /// See fabric::all_reduce: a tree combined over the ranks, on all of them.
-  template <class T>
-  [[nodiscard]] auto all_reduce(T&& value, ReduceOp op = ReduceOp::mean) const {
-    require_launch("all_reduce");
-    return fabric::all_reduce(world_, std::forward<T>(value), op);
-  }
-  /// See fabric::reduce: combined on rank `root` alone.
-  template <class T>
-  [[nodiscard]] auto reduce(T&& value, ReduceOp op = ReduceOp::mean, int root = 0) const {
-    require_launch("reduce");
-    return fabric::reduce(world_, std::forward<T>(value), op, root);
-  }
-  /// See fabric::all_gather: (world size, *shape) for each tensor of the tree.
-  template <class T>
-  [[nodiscard]] auto all_gather(T&& value) const {
-    require_launch("all_gather");
-    return fabric::all_gather(world_, std::forward<T>(value));
-  }
-  /// Rank `root`'s tree, text or number, on all ranks.
-  template <class T>
-  [[nodiscard]] auto broadcast(T&& value, int root = 0) const {
-    require_launch("broadcast");
-    if constexpr (std::is_convertible_v<T, std::string>) {
-      return fabric::broadcast(world_, std::string(std::forward<T>(value)), root);
-    } else if constexpr (std::is_arithmetic_v<tree::Bare<T>>) {
-      return fabric::broadcast(world_, value, root);
-    } else {
-      return fabric::broadcast(world_, std::forward<T>(value), root);
-    }
-  }
-
-  [[nodiscard]] int global_rank() const { return world_.global_rank; }
-  [[nodiscard]] int local_rank() const { return world_.local_rank; }
-  [[nodiscard]] int node_rank() const { return world_.node_rank; }
-  [[nodiscard]] int world_size() const { return world_.size; }
-  [[nodiscard]] bool is_global_zero() const { return world_.is_global_zero(); }
-  [[nodiscard]] at::Device device() const { return device_; }
-  [[nodiscard]] const World& world() const { return world_; }
-  [[nodiscard]] const Selection& selection() const { return selection_; }
-
  private:
   using ModuleState = typename Engine::ModuleState;
   struct NoScaler {};
   using Scaler = std::conditional_t<Plugin::has_scaler, std::shared_ptr<GradScaler>, NoScaler>;
-  /// What an optimizer's parameters are looked up in.
-  struct KnownModule {
-    std::weak_ptr<ModuleState> state;
-    ParameterSet parameters;
-  };
 
-  void require_launch(const char* what) const {
-    if constexpr (is_parallel(Strategy::facts)) {
-      if (!launched_) throw Error(std::string("fabric: ") + what + " before launch(): call fabric.launch() first");
-    }
-  }
+  static constexpr Combination own = combination_v<Accelerator, Strategy, Precision, Environment>;
+  static constexpr Flags own_flags = flags_for<Accelerator, Strategy, Precision, Environment>();
 
   /// The ranks among which data are divided: all, unless some work on the same.
   [[nodiscard]] World data_world() const {
@@ -482,43 +332,11 @@ class Fabric {
       return world_;
     }
   }
-  /// How a dataset's rows are dealt to the ranks, who must agree on it.
-  [[nodiscard]] Shares dealt(std::optional<std::size_t> rows, const LoaderOptions& options) const {
-    const std::string seed = options.shuffle ? ", seed " + std::to_string(options.seed) : "";
-    detail::require_agreement(world_, "setup_dataloader",
-                              {"rows " + std::to_string(rows.value_or(0)),
-                               "batches of " + std::to_string(options.batch_size) +
-                                   (options.shuffle ? ", shuffled" : "") + (options.pad ? ", padded" : "") + seed});
-    const World data = data_world();
-    return {.replicas = static_cast<std::size_t>(data.size),
-            .rank = static_cast<std::size_t>(data.global_rank),
-            .shuffle = options.shuffle,
-            .seed = options.seed,
-            .pad = options.pad};
-  }
-
-  /// Calls `visit(state)` for what the strategy keeps for each module that is set up.
-  template <class Visit>
-  void for_each_state([[maybe_unused]] const Visit& visit) const {
-    if constexpr (!std::is_empty_v<ModuleState>) {
-      for (const KnownModule& known : modules_) {
-        if (const auto state = known.state.lock()) visit(*state);
-      }
-    }
-  }
-
   /// The program may have called `loss.backward()`: strategies that shard then have sums to finish.
   void finish_plain_backward() const {
     if constexpr (requires(ModuleState & state) { Engine::abandon_backward(state); }) {
-      for_each_state([](ModuleState& state) { Engine::after_backward(state); });
+      modules_.for_each([](ModuleState& state) { Engine::after_backward(state); });
     }
-  }
-
-  [[noreturn]] static void refuse_loss(const at::Tensor& loss) {
-    throw Error(
-        std::string("fabric: backward of a tensor that no parameter has part in (") +
-        (loss.defined() ? "requires_grad is false" : "it is undefined") +
-        "): was it detached, made under NoGradGuard, or is it not the output of a module that `setup` returned?");
   }
 
   template <class T>
@@ -526,8 +344,7 @@ class Fabric {
     if constexpr (ModuleArgument<T>) {
       auto module = detail::shared_module(std::forward<T>(argument));
       if constexpr (!requires { Engine::moves_modules; }) {
-        detail::require_memory(*module, device_);
-        module->to(device_);
+        place(*module);
       }
       if constexpr (requires { Plugin::convert_module(*module, precision_, world_); }) {
         Plugin::convert_module(*module, precision_, world_);
@@ -535,35 +352,17 @@ class Fabric {
         Plugin::convert_module(*module);
       }
       using M = typename decltype(module)::element_type;
-      FabricModule<M, Engine, Plugin> wrapped(std::move(module), device_.type());
-      const KnownModule known = know(wrapped);
+      std::shared_ptr<ModuleState> state = modules_.know(*module);
+      FabricModule<M, Engine, Plugin> wrapped(std::move(module), std::move(state), device_.type());
       if constexpr (requires { engine_.setup(*wrapped.state(), wrapped.module(), world_, StrategyPrecision()); }) {
         engine_.setup(*wrapped.state(), wrapped.module(), world_, strategy_precision_v<Strategy, Precision>);
       } else {
         engine_.setup(*wrapped.state(), wrapped.module(), world_);
       }
-      modules_.push_back(known);
       return wrapped;
     } else {
       return 0;
     }
-  }
-
-  /// Throws if a parameter of `wrapped` belongs to another module that is still set up: both would average it.
-  template <class Wrapped>
-  KnownModule know(const Wrapped& wrapped) {
-    std::erase_if(modules_, [](const KnownModule& known) { return known.state.expired(); });
-    KnownModule added{wrapped.state(), {}};
-    for (const auto& [name, parameter] : parameters_of(wrapped.module())) {
-      for (const KnownModule& known : modules_) {
-        if (!std::is_empty_v<ModuleState> && known.parameters.contains(parameter.unsafeGetTensorImpl())) {
-          throw Error("fabric: setup: the parameter " + name +
-                      " belongs to a module that was set up already: use what that setup returned");
-        }
-      }
-      added.parameters.insert(parameter.unsafeGetTensorImpl());
-    }
-    return added;
   }
 
   template <class Modules, std::size_t... i, class... Arguments>
@@ -577,8 +376,7 @@ class Fabric {
       return module;
     } else {
       auto optimizer = detail::shared_optimizer(std::forward<T>(argument));
-      std::vector<std::shared_ptr<ModuleState>> states;
-      if constexpr (!std::is_empty_v<ModuleState>) states = states_behind(*optimizer);
+      auto states = modules_.behind(*optimizer);
       if constexpr (requires { Engine::adopt(*optimizer, states); }) {
         Engine::adopt(*optimizer, states);
       } else if (!device_.is_cpu()) {
@@ -595,28 +393,6 @@ class Fabric {
       }
       return FabricOptimizer<O, Engine, Plugin>(std::move(optimizer), std::move(states), std::move(scaling));
     }
-  }
-
-  /// The states of the modules that have the optimizer's parameters. Throws if a parameter is in none of them.
-  std::vector<std::shared_ptr<ModuleState>> states_behind(const torch::optim::Optimizer& optimizer) const {
-    std::vector<std::shared_ptr<ModuleState>> states;
-    std::string strangers;
-    for (const auto& [name, parameter] : parameters_of(optimizer)) {
-      std::shared_ptr<ModuleState> owner;
-      for (const KnownModule& known : modules_) {
-        if (known.parameters.contains(parameter.unsafeGetTensorImpl())) owner = known.state.lock();
-      }
-      if (owner == nullptr) {
-        strangers += (strangers.empty() ? "" : ", ") + name;
-      } else if (std::find(states.begin(), states.end(), owner) == states.end()) {
-        states.push_back(owner);
-      }
-    }
-    if (strangers.empty()) return states;
-    throw Error(
-        "fabric: setup: these of the optimizer's parameters belong to no module that was set up, so that nobody "
-        "averages their gradients: " +
-        strangers + ". Pass their module along, or set it up first");
   }
 
   static Scaler make_scaler(const PrecisionOptions& options) {
@@ -648,16 +424,10 @@ class Fabric {
     }
   }
 
-  Selection selection_;
   Engine engine_;
   [[no_unique_address]] PrecisionOptions precision_;
-  std::vector<std::shared_ptr<Logger>> loggers_;
-  std::vector<std::shared_ptr<Callback>> callbacks_;
-  at::Device device_;
   [[no_unique_address]] Scaler scaler_;
-  World world_;
-  bool launched_ = false;
-  std::vector<KnownModule> modules_;
+  detail::KnownModules<ModuleState> modules_;
 };
 
 }  // namespace fabric

@@ -127,6 +127,20 @@ TEST_CASE("[issue-3.6] an optimizer with one stranger among its parameters is re
   });
 }
 
+TEST_CASE("[issue-3.6] a module whose setup was refused can be set up again, once it is as on the other ranks") {
+  on_ranks<F32>([](auto& fabric) {
+    auto linear = make_linear();
+    if (fabric.global_rank() == 1) linear->bias.set_requires_grad(false);
+    REQUIRE_THROWS_WITH(fabric.setup(linear),
+                        ContainsSubstring("the ranks do not agree") && ContainsSubstring("bias: Float [2], trained"));
+    linear->bias.set_requires_grad(true);
+    auto [model, optimizer] = fabric.setup(linear, torch::optim::SGD(linear->parameters(), 0.1));
+    fabric.backward(model(rows(fabric)).pow(2).mean());
+    optimizer.step();
+    REQUIRE(same_on_all_ranks(fabric.world(), linear->weight));
+  });
+}
+
 TEST_CASE("[issue-3.3] tied weights are averaged once") {
   on_ranks<F32>([](auto& fabric) {
     torch::manual_seed(5);

@@ -138,7 +138,7 @@ TEST_CASE("[issue-3.6] seed_everything makes LibTorch and C repeat themselves, a
   CHECK(seed_everything(7) == 7);
   const auto tensor = torch::rand({3});
   const int number = std::rand();
-  seed_everything(7);
+  CHECK(OnCpu::seed_everything(7) == 7);
   CHECK(torch::rand({3}).equal(tensor));
   CHECK(std::rand() == number);
   seed_everything(8);

@@ -62,12 +62,12 @@ inline void finish(const World& world, const c10::intrusive_ptr<c10d::Work>& wor
   }
 }
 
-/// Runs a backward, in which gradients are averaged. If that fails, the error says so, with the number that the last
-/// collective had.
-template <class Backward>
-void naming_collective(const World& world, Backward&& backward) {
+/// Throws the current exception again, of a backward: if a collective is its reason, one that says so, with the number
+/// that the last collective had. A template for fabric/separate.hpp.
+template <class = void>
+[[noreturn]] void rethrow_naming_collective(const World& world) {
   try {
-    std::forward<Backward>(backward)();
+    throw;
   } catch (const Error&) {
     throw;  // says it already
   } catch (const std::exception& error) {

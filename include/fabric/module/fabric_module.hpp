@@ -68,8 +68,8 @@ class FabricModule {
  public:
   using ModuleState = typename Engine::ModuleState;
 
-  FabricModule(std::shared_ptr<M> module, at::DeviceType device)
-      : module_(std::move(module)), state_(std::make_shared<ModuleState>()), device_(device) {}
+  FabricModule(std::shared_ptr<M> module, std::shared_ptr<ModuleState> state, at::DeviceType device)
+      : module_(std::move(module)), state_(std::move(state)), device_(device) {}
 
   /// Runs forward, with any arguments that it takes, and returns what it returns. Floating-point tensors in arguments
   /// and result are converted as the precision says.

@@ -62,6 +62,19 @@ requires Precision::has_scaler struct Scaling<Precision> {
   std::shared_ptr<GradScaler::Gradients> gradients;
 };
 
+/// `zero_grad` for gradients that are views of buckets, which cannot be detached in place as LibTorch's own does it. A
+/// template for fabric/separate.hpp.
+template <class = void>
+void drop_gradients(torch::optim::Optimizer& optimizer, bool set_to_none) {
+  const at::NoGradGuard no_grad;
+  for (auto& group : optimizer.param_groups()) {
+    for (at::Tensor& parameter : group.params()) {
+      if (!parameter.grad().defined()) continue;
+      set_to_none ? parameter.mutable_grad().reset() : static_cast<void>(parameter.mutable_grad().zero_());
+    }
+  }
+}
+
 }  // namespace detail
 
 /// An optimizer as `setup` returns it: `step` first makes sure that the gradients are the ones of all ranks, and not
@@ -125,14 +138,7 @@ class FabricOptimizer {
     if constexpr (std::is_empty_v<ModuleState>) {
       optimizer_->zero_grad(set_to_none);
     } else {
-      // Not the optimizer's own way, which detaches each gradient in place: impossible for a view of a bucket.
-      const at::NoGradGuard no_grad;
-      for (auto& group : optimizer_->param_groups()) {
-        for (at::Tensor& parameter : group.params()) {
-          if (!parameter.grad().defined()) continue;
-          set_to_none ? parameter.mutable_grad().reset() : static_cast<void>(parameter.mutable_grad().zero_());
-        }
-      }
+      detail::drop_gradients(*optimizer_, set_to_none);
     }
     for (const auto& state : states_) Engine::after_zero_grad(*state, *optimizer_);
   }

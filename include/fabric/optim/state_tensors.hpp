@@ -47,8 +47,9 @@ bool each_state_tensor(torch::optim::OptimizerParamState& state, const Visit& vi
 }
 
 /// Brings what an optimizer keeps already, as `torch::optim::Adagrad` does from the beginning, to where its parameters
-/// are.
-inline void follow_parameters(torch::optim::Optimizer& optimizer) {
+/// are. A template for fabric/separate.hpp.
+template <class = void>
+void follow_parameters(torch::optim::Optimizer& optimizer) {
   for (const auto& group : optimizer.param_groups()) {
     for (const at::Tensor& parameter : group.params()) {
       const auto found = optimizer.state().find(parameter.unsafeGetTensorImpl());
