@@ -3,6 +3,7 @@
 
 #include <concepts>
 #include <cstddef>
+#include <exception>
 #include <iterator>
 #include <optional>
 #include <string_view>
@@ -84,8 +85,11 @@ concept HasMembers = requires {
 };
 
 struct AnyField {
+  /// Never called; a mere declaration makes clang++ ask for a definition where T has no linkage.
   template <class T>
-  operator T() const;  // NOLINT(google-explicit-constructor): stands for any member in an initialiser list
+  operator T() const {  // NOLINT(google-explicit-constructor): stands for any member in an initialiser list
+    std::terminate();
+  }
 };
 
 template <class T, std::size_t... i>

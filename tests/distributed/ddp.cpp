@@ -343,14 +343,14 @@ TEST_CASE("[issue-3.6] an optimizer that goes by the loss goes by that of all ra
       const auto [x, y] = own_batch(fabric, step);
       const at::Tensor loss = optimizer.step([&, &model = model, &optimizer = optimizer, &x = x, &y = y] {
         optimizer.zero_grad();
-        const at::Tensor own = torch::mse_loss(model(x), y);
+        at::Tensor own = torch::mse_loss(model(x), y);
         fabric.backward(own);
         return own;
       });
       const auto [all_x, all_y] = joined_batch(step, fabric.world_size());
       const at::Tensor joined_loss = by_hand.step([&, &all_x = all_x, &all_y = all_y] {
         by_hand.zero_grad();
-        const at::Tensor loss = torch::mse_loss(joined(all_x), all_y);
+        at::Tensor loss = torch::mse_loss(joined(all_x), all_y);
         loss.backward();
         return loss;
       });

@@ -56,7 +56,7 @@ int results() {
       rows);
   F again({.devices = 2});
   const std::string second =
-      again.launch([&](F& on) { return text + " and " + std::to_string(on.all_reduce(1, ReduceOp::sum)); });
+      again.launch([&text = text](F& on) { return text + " and " + std::to_string(on.all_reduce(1, ReduceOp::sum)); });
   F third({.devices = 2});
   third.launch([](F& on) { on.barrier(); });
   std::printf("number=%g text=%s dtype=%s sum=%g list=%d,%d maybe=%d second=%s parent=%d\n", number, text.c_str(),

@@ -117,7 +117,8 @@ inline double ulps_between(const Value& a, const Value& b) {
     double most = ours.size() == theirs.size() ? 0 : apart;
     for (const auto& [key, value] : ours) {
       const Value* other = theirs.find(key);
-      most = std::max(most, other == nullptr ? apart : ulps_between(value, *other));
+      if (other == nullptr) return apart;
+      most = std::max(most, ulps_between(value, *other));
     }
     return most;
   }

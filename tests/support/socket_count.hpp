@@ -145,7 +145,11 @@ inline std::int64_t bytes_in_kernel() {
 
 }  // namespace fabric::tests
 
-extern "C" ssize_t writev(int file, const iovec* pieces, int number) {
+/// Stands for the C library's `writev` in this program.
+extern "C" ssize_t counted_writev(int file, const iovec* pieces, int number) __asm__("writev");
+
+// NOLINTNEXTLINE(misc-definitions-in-headers): one source of a program includes this
+extern "C" ssize_t counted_writev(int file, const iovec* pieces, int number) {
   const ssize_t written = syscall(SYS_writev, file, pieces, number);
   if (written > 0 && fabric::tests::detail::is_tcp(file)) {
     fabric::tests::detail::SocketCounter::instance().wrote(file, pieces, number, static_cast<std::size_t>(written));

@@ -207,7 +207,7 @@ TEST_CASE("[issue-7.1] every kind of state comes back, whether or not setup wrap
   CHECK(loaded.manifest.at("precision").as<std::string>("") == "F32");
   CHECK(loaded.manifest.at("world_size").as<std::int64_t>("") == 1);
   CHECK(loaded.manifest.at("torch").as<std::string>("") == TORCH_VERSION);
-  const auto rate = [&] {
+  const auto rate = [&optimizer = optimizer] {
     return static_cast<torch::optim::AdamWOptions&>(optimizer->param_groups()[0].options()).lr();
   };
   scheduler.step();  // goes on from the saved count

@@ -10,6 +10,8 @@
 #include <utility>
 #include <vector>
 
+#include <torch/torch.h>
+
 #include "fabric/checkpoint/safetensors_file.hpp"
 #include "fabric/checkpoint/torch_file.hpp"
 #include "support/catch.hpp"

@@ -79,7 +79,7 @@ TEST_CASE("[issue-3.6] setup takes a module in every form that owns or names one
   }
   SECTION("what comes back shares the module and leads to it") {
     auto model = fabric.setup(net);
-    const auto copy = model;
+    const auto copy = model;  // NOLINT(performance-unnecessary-copy-initialization): copies are what this is about
     CHECK(copy.ptr() == net.ptr());
     CHECK(model->first->weight.is_same(net->first->weight));
     model->eval();

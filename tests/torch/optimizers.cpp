@@ -45,7 +45,7 @@ at::Tensor train(torch::nn::Sequential& net, O& optimizer, int steps) {
 }
 
 at::Tensor parameter_with_gradient(double value = 1, double gradient = 1) {
-  const at::Tensor parameter = at::full({3}, value).requires_grad_();
+  at::Tensor parameter = at::full({3}, value).requires_grad_();
   parameter.mutable_grad() = at::full({3}, gradient);
   return parameter;
 }
@@ -103,7 +103,7 @@ TEST_CASE("[issue-5.3] a closure is run with gradients enabled and its loss retu
   const at::NoGradGuard no_grad;
   const at::Tensor loss = optimizer.step([&] {
     optimizer.zero_grad();
-    const at::Tensor result = (parameter * parameter).sum();
+    at::Tensor result = (parameter * parameter).sum();
     result.backward();
     return result;
   });

@@ -160,6 +160,7 @@ TEST_CASE("[issue-8.8] memory: of a chain of blocks the inputs are kept, and in 
   constexpr int64_t width = 16;
   constexpr int64_t inner = 512;
   std::vector<Block> blocks;
+  blocks.reserve(12);
   for (int i = 0; i < 12; ++i) blocks.emplace_back(width, inner);
   const auto x = torch::randn({rows, width});
   struct Use {
@@ -262,7 +263,7 @@ TEST_CASE("[issue-8.8] autocast and the default dtype are those of the forward, 
       autocast.reset();
       dtype.reset();
       if (!inside) autocast.emplace(at::kCPU, at::kBFloat16);  // of the program around backward, not of forward
-      const auto loss = y.to(at::kFloat);
+      auto loss = y.to(at::kFloat);
       loss.backward({}, /*retain_graph=*/true);
       return loss;
     });

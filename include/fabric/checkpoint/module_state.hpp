@@ -76,7 +76,8 @@ inline void plan_module(const torch::nn::Module& module, const Value& value, con
     }
     if (parameter == nullptr) {
       const at::ScalarType dtype = plan.spread().dtype(tensor);
-      const at::Tensor stored = dtype == tensor.scalar_type() ? tensor : at::empty_like(tensor, at::TensorOptions(dtype));
+      const at::Tensor stored =
+          dtype == tensor.scalar_type() ? tensor : at::empty_like(tensor, at::TensorOptions(dtype));
       if (check_tensor(stored, *saved, inner_key(name, key), plan)) {
         plan.fill(tensor.detach(), std::get<at::Tensor>(saved->data()));
       }

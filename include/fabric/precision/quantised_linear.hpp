@@ -248,7 +248,7 @@ inline at::Tensor Linear8bit::product(const at::Tensor& x, const at::Tensor& wei
 
 /// Puts a packed weight into a layer and the rest beside it. Returns what computes it from here on.
 inline std::shared_ptr<Linear4bit> install(torch::nn::LinearImpl& layer, const Linear4bit::Parts& parts) {
-  const auto substitute = std::make_shared<Linear4bit>(parts);
+  auto substitute = std::make_shared<Linear4bit>(parts);
   const auto before = std::dynamic_pointer_cast<Linear4bit>(LinearSubstitutes::instance().find(layer.weight));
   if (before) substitute->compute = before->compute;
   if (layer.named_children().contains("weight")) layer.unregister_module("weight");

@@ -34,7 +34,7 @@ at::Tensor clip_sliced_gradients(const Owner& owner, const ClipNorm& clip, const
   };
   const at::Tensor norms =
       at::stack({detail::combined_norm(norm_of(parts), clip.norm_type, over_ranks), norm_of(rest)});
-  const at::Tensor norm = at::linalg_vector_norm(norms, clip.norm_type);
+  at::Tensor norm = at::linalg_vector_norm(norms, clip.norm_type);
   detail::check_finite(owner, clip, norm);
   detail::scale_to(parts, norm, clip.max_norm);
   detail::scale_to(rest, norm, clip.max_norm);
