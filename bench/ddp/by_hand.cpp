@@ -52,6 +52,7 @@ Loop by_hand_each(const Size& size, const Group& group) {
 Loop by_hand_flat(const Size& size, const Group& group) {
   return make_loop(size, group, [group](const std::vector<at::Tensor>& parameters) {
     std::vector<at::Tensor> pieces;
+    pieces.reserve(parameters.size());
     for (const at::Tensor& parameter : parameters) pieces.push_back(parameter.grad().flatten());
     const at::Tensor flat = at::cat(pieces);
     average(group, flat);
