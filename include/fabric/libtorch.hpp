@@ -74,6 +74,10 @@ template <class Group>
   }
 }
 
+/// Are the fused kernels of SGD and Adagrad for CPUs right in 16 bits? Before 2.15 they left most elements of a
+/// parameter as they were (https://github.com/pytorch/pytorch/issues/191763).
+inline constexpr bool fused_sgd_is_right_in_16_bits = TORCH_VERSION_MINOR >= 15;
+
 /// A pointer to a node of the autograd graph: shared in 2.9, intrusive later.
 using NodePointer = std::remove_cvref_t<decltype(std::declval<const at::Tensor&>().grad_fn())>;
 

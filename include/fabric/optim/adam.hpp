@@ -30,6 +30,7 @@ struct AdamMethod {
   static constexpr double default_lr = 1e-3;
   static constexpr bool counts_steps = true;
   static constexpr bool has_first_step = false;
+  static constexpr bool right_in_16_bits = true;
   static constexpr bool state_from_the_start = false;
 
   static std::size_t states(const Options& options) { return options.amsgrad() ? 3 : 2; }

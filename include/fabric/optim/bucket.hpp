@@ -3,7 +3,9 @@
 
 #include <array>
 #include <cstddef>
+#include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include <torch/optim/optimizer.h>
@@ -104,6 +106,25 @@ struct Bucket {
     return {brought(scale.grad_scale), brought(scale.found_inf)};
   }
 };
+
+/// Calls `update` with a copy of the bucket in 32 bits, and brings back what it has changed.
+template <class Update>
+void in_32_bits(const Bucket& bucket, const Update& update) {
+  Bucket wide = bucket;
+  wide.dtype = at::kFloat;
+  const auto for_each_list = [&](const auto& visit) {
+    visit(wide.parameters, bucket.parameters);
+    visit(wide.gradients, bucket.gradients);
+    for (std::size_t i = 0; i < bucket.states.size(); ++i) visit(wide.states[i], bucket.states[i]);
+  };
+  for_each_list([](std::vector<at::Tensor>& wide_list, const std::vector<at::Tensor>& /*list*/) {
+    for (at::Tensor& tensor : wide_list) tensor = tensor.to(at::kFloat);
+  });
+  update(std::as_const(wide));
+  for_each_list([](const std::vector<at::Tensor>& wide_list, const std::vector<at::Tensor>& list) {
+    for (std::size_t i = 0; i < list.size(); ++i) list[i].copy_(wide_list[i]);
+  });
+}
 
 inline std::optional<at::Tensor> optional(const at::Tensor& tensor) {
   return tensor.defined() ? std::optional(tensor) : std::nullopt;

@@ -194,7 +194,14 @@ class FusedOptimizer : public torch::optim::Optimizer, public Stateful {
       for (detail::Bucket& bucket : plans_[i].buckets) {
         const StepScale here = bucket.here(scale);
         bucket.count(1);
-        Method::update(bucket, options, maximize, here);
+        const auto update_by_kernel = [&](const detail::Bucket& those) {
+          Method::update(those, options, maximize, here);
+        };
+        if (!Method::right_in_16_bits && bucket.device.is_cpu() && at::isReducedFloatingType(bucket.dtype)) {
+          detail::in_32_bits(bucket, update_by_kernel);
+        } else {
+          update_by_kernel(bucket);
+        }
         if (here.found_inf.defined()) bucket.count_back(here.found_inf);
         bucket.gradients.clear();
         bucket.first_step = false;

@@ -9,6 +9,7 @@
 #include <torch/types.h>
 
 #include "fabric/checkpoint/value.hpp"
+#include "fabric/libtorch.hpp"
 #include "fabric/optim/bucket.hpp"
 #include "fabric/optim/fused_optimizer.hpp"
 
@@ -25,6 +26,7 @@ struct SgdMethod {
   static constexpr double default_lr = 1e-3;
   static constexpr bool counts_steps = false;
   static constexpr bool has_first_step = true;  // it takes the gradient for the momentum, without dampening
+  static constexpr bool right_in_16_bits = libtorch::fused_sgd_is_right_in_16_bits;
   static constexpr bool state_from_the_start = false;
 
   static std::size_t states(const Options& options) { return options.momentum() == 0 ? 0 : 1; }
