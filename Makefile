@@ -39,7 +39,7 @@ soak: packages-test libtorch
 
 check-torch: packages-test
 	tools/install-libtorch $(VERSION)
-	FABRIC_LIBTORCH=$(CURDIR)/third_party/libtorch-$(VERSION)/torch cmake --preset release -B build/torch-$(VERSION)
+	FABRIC_LIBTORCH=$$(tools/install-libtorch $(VERSION) | sed -n 's/^LibTorch: //p')/torch cmake --preset release -B build/torch-$(VERSION)
 	cmake --build build/torch-$(VERSION) --target torch_half
 	ctest --test-dir build/torch-$(VERSION) --output-on-failure -j2 -L '^torch$$' --no-tests=error
 
