@@ -3,6 +3,7 @@
 // Ddp on two processes over gloo, beside hand-written loops that all-reduce after backward, and beside Python's DDP if
 // tools/install-python has made its environment. In turns, since what else the machine does changes with time.
 //   bench_ddp OUT.json [--quick]
+//   bench_ddp LOOP SIZE STEPS     only runs a loop; valgrind counts what the first rank executes in this
 
 #include <cmath>
 #include <cstddef>
@@ -13,14 +14,20 @@
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <string_view>
 #include <utility>
 #include <vector>
 
+#include <arpa/inet.h>
 #include <fabric/fabric.hpp>
 #include <fmt/format.h>
+#include <netinet/in.h>
+#include <sys/socket.h>
 #include <torch/torch.h>
+#include <unistd.h>
 
 #include "loops.hpp"
+#include "support/instructions.hpp"
 #include "support/program.hpp"
 #include "support/report.hpp"
 
@@ -60,6 +67,21 @@ std::unique_ptr<Program> start_python() {
   }
 }
 
+constexpr const char* each = "all-reduce of each gradient";
+constexpr const char* flat = "all-reduce of a flat gradient";
+
+Loop make_loop(std::string_view name, Fabric& fabric, const Size& size) {
+  if (name == each) return by_hand_each(size, fabric.world().group);
+  if (name == flat) return by_hand_flat(size, fabric.world().group);
+  return with_fabric(fabric, size);
+}
+
+void run_loop(Fabric& fabric, std::string_view name, std::string_view size_name, int steps) {
+  for (const Size& size : sizes) {
+    if (size.name() == size_name) make_loop(name, fabric, size)(steps);
+  }
+}
+
 struct Contestant {
   std::string name;
   Loop loop;
@@ -68,9 +90,9 @@ struct Contestant {
 
 /// Runs all of them in turns, ours first; on the first rank with Python, adds their rows.
 void compare(Fabric& fabric, const Size& size, bool quick, Program* python, Report& report) {
-  Contestant all[] = {{"Fabric", with_fabric(fabric, size)},
-                      {"all-reduce of each gradient", by_hand_each(size, fabric.world().group)},
-                      {"all-reduce of a flat gradient", by_hand_flat(size, fabric.world().group)}};
+  Contestant all[] = {{"Fabric", make_loop("Fabric", fabric, size)},
+                      {each, make_loop(each, fabric, size)},
+                      {flat, make_loop(flat, fabric, size)}};
   constexpr int warm_up = 20;
   const double loss = all[0].loop(warm_up);
   for (Contestant& contestant : all) {
@@ -104,15 +126,62 @@ void compare(Fabric& fabric, const Size& size, bool quick, Program* python, Repo
   }
 }
 
+/// A port that nobody has now.
+int free_port() {
+  const int listener = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+  sockaddr_in address{};
+  address.sin_family = AF_INET;
+  address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+  socklen_t size = sizeof address;
+  const bool bound = bind(listener, reinterpret_cast<sockaddr*>(&address), size) == 0 &&
+                     getsockname(listener, reinterpret_cast<sockaddr*>(&address), &size) == 0;
+  close(listener);
+  if (!bound) throw std::runtime_error("no port is free");
+  return ntohs(address.sin_port);
+}
+
+/// What the first of two ranks executes in that many steps, with the threads of gloo that it waits for.
+double instructions_of_first_rank(const std::string& loop, const Size& size, int steps) {
+  const int port = free_port();
+  const auto variables = [port](int rank) {
+    return std::vector<std::string>{"MASTER_ADDR=127.0.0.1", fmt::format("MASTER_PORT={}", port), "WORLD_SIZE=2",
+                                    fmt::format("LOCAL_RANK={}", rank)};
+  };
+  const std::vector<std::string> arguments{loop, size.name(), std::to_string(steps)};
+  Program second(this_program(variables(1), {}, arguments));
+  const double count = instructions(variables(0), arguments);
+  second.wait();
+  return count;
+}
+
+/// Before launch(), whose variables a program that starts another job must not pass on.
+void count_instructions(Report& report) {
+  require_valgrind();
+  for (const Size& size : sizes) {
+    const auto of = [&size](const char* loop) {
+      return per_step([&](int steps) { return instructions_of_first_rank(loop, size, steps); },
+                      size.width < 100 ? 100 : 10);
+    };
+    const Samples ours{of("Fabric")};
+    for (const char* other : {each, flat}) report.add({size.name(), "instructions/step", ours, {of(other)}, other});
+  }
+}
+
 }  // namespace
 
 int main(int argc, char** argv) try {
-  const Arguments arguments = parse(argc, argv);
+  const bool runs_one = argc == 4;
+  const Arguments arguments = runs_one ? Arguments{} : parse(argc, argv);
+  Report report;
   Fabric fabric({.devices = 2});
+  if (fabric.is_global_zero() && !runs_one && !arguments.quick) count_instructions(report);
   fabric.launch();
   at::set_num_threads(1);
+  if (runs_one) {
+    run_loop(fabric, argv[1], argv[2], std::atoi(argv[3]));
+    return 0;
+  }
   const auto python = fabric.is_global_zero() && !arguments.quick ? start_python() : nullptr;
-  Report report;
   for (const Size& size : sizes) compare(fabric, size, arguments.quick, python.get(), report);
   if (fabric.is_global_zero()) report.write(arguments.json);
   fabric.barrier();

@@ -5,19 +5,18 @@
 //   bench_overhead OUT.json [--quick]
 //   bench_overhead LOOP SIZE STEPS     only runs a loop; valgrind counts the instructions of this
 
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <exception>
-#include <filesystem>
-#include <fstream>
 #include <stdexcept>
 #include <string>
 #include <string_view>
 
 #include <fmt/format.h>
-#include <unistd.h>
 
 #include "loops.hpp"
+#include "support/instructions.hpp"
 #include "support/program.hpp"
 #include "support/report.hpp"
 
@@ -31,27 +30,6 @@ void run_loop(std::string_view name, std::string_view size_name, int steps) {
   for (const Size& size : sizes) {
     if (size.name() == size_name) make_loop(name, size)(steps);
   }
-}
-
-/// What the whole program executes when it trains for that many steps.
-double instructions(const std::string& loop, const Size& size, int steps) {
-  const auto path = std::filesystem::temp_directory_path() / fmt::format("overhead.{}.callgrind", getpid());
-  Program({"valgrind", "--tool=callgrind", "--quiet", "--callgrind-out-file=" + path.string(),
-           std::filesystem::read_symlink("/proc/self/exe").string(), loop, size.name(), std::to_string(steps)})
-      .wait();
-  std::ifstream file(path);
-  for (std::string line; std::getline(file, line);) {
-    if (!line.starts_with("totals: ")) continue;
-    std::filesystem::remove(path);
-    return std::stod(line.substr(line.find(' ')));
-  }
-  throw std::runtime_error("callgrind left no total in " + path.string());
-}
-
-/// The difference of two runs: what comes before the first step is the same in both.
-double instructions_per_step(const std::string& loop, const Size& size, int steps) {
-  constexpr int few = 10;
-  return (instructions(loop, size, few + steps) - instructions(loop, size, few)) / steps;
 }
 
 Row wall_time(const Size& size, int rounds, double seconds_a_round) {
@@ -73,8 +51,6 @@ Row wall_time(const Size& size, int rounds, double seconds_a_round) {
   return row;
 }
 
-bool has_valgrind() { return std::system("valgrind --version > /dev/null 2>&1") == 0; }
-
 }  // namespace
 
 int main(int argc, char** argv) try {
@@ -87,12 +63,15 @@ int main(int argc, char** argv) try {
   Report report;
   for (const Size& size : sizes) report.add(wall_time(size, arguments.quick ? 3 : 41, arguments.quick ? 0.01 : 0.1));
   if (!arguments.quick) {
-    if (!has_valgrind()) throw std::runtime_error("valgrind, which counts instructions, is not installed");
+    require_valgrind();
     for (const Size& size : sizes) {
+      const auto instructions_of = [&size](const char* loop) {
+        return [&size, loop](int steps) { return instructions({}, {loop, size.name(), std::to_string(steps)}); };
+      };
       report.add({.name = size.name(),
                   .unit = "instructions/step",
-                  .ours = {instructions_per_step("fabric", size, 100)},
-                  .baseline = {instructions_per_step("by_hand", size, 100)},
+                  .ours = {per_step(instructions_of("fabric"), 100)},
+                  .baseline = {per_step(instructions_of("by_hand"), 100)},
                   .baseline_name = "hand-written"});
     }
   }
