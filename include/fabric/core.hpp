@@ -189,7 +189,7 @@ class Fabric : public FabricBase<> {
 
   /// `loss.backward()`, with the gradients averaged over the ranks if the strategy does that, and of a scaled loss if
   /// the precision does that. `gradient` is for losses that are no single number. Throws fabric::Error for a tensor
-  /// that no parameter has part in.
+  /// without a history: one that was detached, say, or computed under NoGradGuard.
   void backward(const at::Tensor& loss, const at::Tensor& gradient = {}, bool retain_graph = false) {
     if (!loss.requires_grad()) [[unlikely]]
       refuse_loss(loss);

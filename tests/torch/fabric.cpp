@@ -285,7 +285,7 @@ TEST_CASE("[issue-3.6] backward takes a gradient and can keep the graph") {
   CHECK_THROWS(fabric.backward(y, torch::ones({2})));  // the graph is gone
 }
 
-TEST_CASE("[issue-3.6] backward refuses a tensor that no parameter has part in, and says why") {
+TEST_CASE("[issue-3.6] backward refuses a tensor without a history, and says why") {
   OnCpu fabric;
   auto model = fabric.setup(Net());
   CHECK_THROWS_AS(fabric.backward(model(input()).sum().detach()), Error);

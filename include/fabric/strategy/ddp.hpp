@@ -26,6 +26,7 @@
 #include "fabric/launch/processes.hpp"
 #include "fabric/libtorch.hpp"
 #include "fabric/module/parameters.hpp"
+#include "fabric/policy/strategy.hpp"
 #include "fabric/shard/tensor_slice.hpp"
 #include "fabric/strategy/ddp_hooks.hpp"
 #include "fabric/strategy/engine.hpp"
@@ -141,9 +142,8 @@ class DdpModule {
       for (std::size_t index = 0; indices >> index;) unused += (unused.empty() ? "" : ", ") + names_.at(index);
       throw Error(
           "fabric: Ddp: these parameters took no part in the loss, so that their gradients cannot be averaged: " +
-          unused +
-          ". Use DdpFindUnusedParameters (ddp_find_unused_parameterstrue), or leave them out by "
-          "requires_grad_(false)");
+          unused + ". Use DdpFindUnusedParameters (" + std::string(DdpFindUnusedParameters::facts.flag.view()) +
+          ") or its like for spawned and forked processes, or leave them out by requires_grad_(false)");
     }
   }
 

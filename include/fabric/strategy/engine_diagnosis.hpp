@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <type_traits>
+
 #include "fabric/comm/process_group.hpp"
 #include "fabric/policy/diagnose.hpp"
 #include "fabric/precision/precision_plugin.hpp"
@@ -63,6 +65,16 @@ struct CodeFor<A, S, P> {
   using Plugin = typename Engine::template Plugin<P>;
 };
 
+template <class A, class S, class P, class E>
+inline constexpr bool is_offered = HasEngine<A, S>&& first_refusal(combination_v<A, S, P, E>) == RuleId::none;
+
+/// What to use where a strategy has no code: `Ddp` on the same accelerator, on CPUs, or there in 32 bits, whichever is
+/// there first.
+template <class A, class P, class E>
+using NearestOffer = std::conditional_t<
+    is_offered<A, Ddp, P, E>, Fabric<A, Ddp, P, E>,
+    std::conditional_t<is_offered<Cpu, Ddp, P, E>, Fabric<Cpu, Ddp, P, E>, Fabric<Cpu, Ddp, F32, E>>>;
+
 }  // namespace detail
 
 /// True if there is code for these policies; else the compiler stops at a type that says what is missing.
@@ -77,7 +89,7 @@ constexpr bool diagnose_engine() {
     } else if constexpr (S::facts.built_in && is_sharded(S::facts)) {
       return sizeof(include_fabric_sharding_hpp<Fabric<A, S, P, E>>) != 0;
     } else {
-      return sizeof(engine_not_written_yet<Fabric<A, S, P, E>, use_instead<Fabric<Cpu, Ddp, F32, E>>>) != 0;
+      return sizeof(engine_not_written_yet<Fabric<A, S, P, E>, use_instead<detail::NearestOffer<A, P, E>>>) != 0;
     }
   } else if constexpr (!HasPrecisionPlugin<P>) {
     if constexpr (P::facts.kind == PrecisionKind::transformer_engine) {
