@@ -18,11 +18,8 @@
 #include <utility>
 #include <vector>
 
-#include <arpa/inet.h>
 #include <fabric/fabric.hpp>
 #include <fmt/format.h>
-#include <netinet/in.h>
-#include <sys/socket.h>
 #include <torch/torch.h>
 #include <unistd.h>
 
@@ -67,19 +64,15 @@ std::unique_ptr<Program> start_python() {
   }
 }
 
+constexpr const char* ours = "Fabric";
 constexpr const char* each = "all-reduce of each gradient";
 constexpr const char* flat = "all-reduce of a flat gradient";
 
 Loop make_loop(std::string_view name, Fabric& fabric, const Size& size) {
+  if (name == ours) return with_fabric(fabric, size);
   if (name == each) return by_hand_each(size, fabric.world().group);
   if (name == flat) return by_hand_flat(size, fabric.world().group);
-  return with_fabric(fabric, size);
-}
-
-void run_loop(Fabric& fabric, std::string_view name, std::string_view size_name, int steps) {
-  for (const Size& size : sizes) {
-    if (size.name() == size_name) make_loop(name, fabric, size)(steps);
-  }
+  throw std::invalid_argument(fmt::format("there is no loop '{}', but '{}', '{}' and '{}'", name, ours, each, flat));
 }
 
 struct Contestant {
@@ -90,7 +83,7 @@ struct Contestant {
 
 /// Runs all of them in turns, ours first; on the first rank with Python, adds their rows.
 void compare(Fabric& fabric, const Size& size, bool quick, Program* python, Report& report) {
-  Contestant all[] = {{"Fabric", make_loop("Fabric", fabric, size)},
+  Contestant all[] = {{ours, make_loop(ours, fabric, size)},
                       {each, make_loop(each, fabric, size)},
                       {flat, make_loop(flat, fabric, size)}};
   constexpr int warm_up = 20;
@@ -126,23 +119,11 @@ void compare(Fabric& fabric, const Size& size, bool quick, Program* python, Repo
   }
 }
 
-/// A port that nobody has now.
-int free_port() {
-  const int listener = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
-  sockaddr_in address{};
-  address.sin_family = AF_INET;
-  address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
-  socklen_t size = sizeof address;
-  const bool bound = bind(listener, reinterpret_cast<sockaddr*>(&address), size) == 0 &&
-                     getsockname(listener, reinterpret_cast<sockaddr*>(&address), &size) == 0;
-  close(listener);
-  if (!bound) throw std::runtime_error("no port is free");
-  return ntohs(address.sin_port);
-}
-
 /// What the first of two ranks executes in that many steps, with the threads of gloo that it waits for.
 double instructions_of_first_rank(const std::string& loop, const Size& size, int steps) {
-  const int port = free_port();
+  const int listener = fabric::detail::listen_on("127.0.0.1", 0);
+  const int port = fabric::detail::port_of(listener);
+  close(listener);  // the first rank takes it
   const auto variables = [port](int rank) {
     return std::vector<std::string>{"MASTER_ADDR=127.0.0.1", fmt::format("MASTER_PORT={}", port), "WORLD_SIZE=2",
                                     fmt::format("LOCAL_RANK={}", rank)};
@@ -162,8 +143,8 @@ void count_instructions(Report& report) {
       return per_step([&](int steps) { return instructions_of_first_rank(loop, size, steps); },
                       size.width < 100 ? 100 : 10);
     };
-    const Samples ours{of("Fabric")};
-    for (const char* other : {each, flat}) report.add({size.name(), "instructions/step", ours, {of(other)}, other});
+    const Samples of_ours{of(ours)};
+    for (const char* other : {each, flat}) report.add({size.name(), "instructions/step", of_ours, {of(other)}, other});
   }
 }
 
@@ -178,7 +159,7 @@ int main(int argc, char** argv) try {
   fabric.launch();
   at::set_num_threads(1);
   if (runs_one) {
-    run_loop(fabric, argv[1], argv[2], std::atoi(argv[3]));
+    make_loop(argv[1], fabric, size_named(argv[2]))(std::atoi(argv[3]));
     return 0;
   }
   const auto python = fabric.is_global_zero() && !arguments.quick ? start_python() : nullptr;

@@ -24,12 +24,10 @@ namespace {
 
 using namespace bench;
 
-Loop make_loop(std::string_view name, const Size& size) { return name == "fabric" ? with_fabric(size) : by_hand(size); }
-
-void run_loop(std::string_view name, std::string_view size_name, int steps) {
-  for (const Size& size : sizes) {
-    if (size.name() == size_name) make_loop(name, size)(steps);
-  }
+Loop make_loop(std::string_view name, const Size& size) {
+  if (name == "fabric") return with_fabric(size);
+  if (name == "by_hand") return by_hand(size);
+  throw std::invalid_argument("there is no loop '" + std::string(name) + "', but fabric and by_hand");
 }
 
 Row wall_time(const Size& size, int rounds, double seconds_a_round) {
@@ -56,7 +54,7 @@ Row wall_time(const Size& size, int rounds, double seconds_a_round) {
 int main(int argc, char** argv) try {
   at::set_num_threads(1);
   if (argc == 4) {
-    run_loop(argv[1], argv[2], std::atoi(argv[3]));
+    make_loop(argv[1], size_named(argv[2]))(std::atoi(argv[3]));
     return 0;
   }
   const Arguments arguments = parse(argc, argv);

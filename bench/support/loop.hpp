@@ -3,7 +3,9 @@
 
 #include <cstdint>
 #include <functional>
+#include <stdexcept>
 #include <string>
+#include <string_view>
 
 #include <torch/torch.h>
 
@@ -19,6 +21,14 @@ struct Size {
   [[nodiscard]] std::string name() const { return std::to_string(layers) + "x" + std::to_string(width); }
 };
 inline constexpr Size sizes[] = {{4, 64}, {8, 512}};
+
+/// Throws std::invalid_argument for a name that no size has.
+[[nodiscard]] inline const Size& size_named(std::string_view name) {
+  for (const Size& size : sizes) {
+    if (size.name() == name) return size;
+  }
+  throw std::invalid_argument("there is no size '" + std::string(name) + "', but 4x64 and 8x512");
+}
 
 inline constexpr double learning_rate = 0.01;
 

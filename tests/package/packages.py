@@ -6,7 +6,6 @@ usage: packages.py SOURCE_DIR
 
 import pathlib
 import re
-import subprocess
 import sys
 
 # Where Debian and Ubuntu have what find_package looks for.
@@ -23,8 +22,9 @@ root = pathlib.Path(sys.argv[1])
 script = (root / "tools" / "install-packages").read_text()
 installed = re.search(r"^demo='([^']*)'", script, re.M).group(1).split()
 
-listed = subprocess.run(["git", "ls-files", "*CMakeLists.txt", "*.cmake"], cwd=root, capture_output=True, text=True)
-files = [root / name for name in listed.stdout.split()] or list(root.glob("*/**/CMakeLists.txt"))
+folders = [root / name for name in ("bench", "examples", "tests", "tools")]
+files = [root / "CMakeLists.txt"]
+files += [file for folder in folders for kind in ("CMakeLists.txt", "*.cmake") for file in sorted(folder.rglob(kind))]
 required = {}
 for file in files:
     if "consumer" in file.parts:
@@ -35,7 +35,7 @@ for file in files:
 problems = [f"{file} needs {name}, which no package here is known to have" for name, file in required.items()
             if name not in PACKAGES]
 problems += [f"{file} needs {name}, but `make demo` does not install {PACKAGES[name]}"
-             for name, file in required.items() if PACKAGES.get(name, installed[0]) not in installed]
+             for name, file in required.items() if name in PACKAGES and PACKAGES[name] not in installed]
 if len(required) < len(PACKAGES):
     problems.append(f"only {sorted(required)} were found, of {sorted(PACKAGES)}")
 sys.exit("\n".join(problems) or 0)
